@@ -1,0 +1,285 @@
+"""The only reader and writer of run checkpoints.
+
+    checkpoint.save(run_dir, step=..., model=raw_model, optimizer=optimizer, ...)   # all ranks call, rank 0 writes
+    state = checkpoint.read(path)                                                   # plain dict, checked
+    model, meta = checkpoint.load_model("checkpoints", "cpu")                       # file, run directory or Hub id
+
+One checkpoint is one file, `checkpoint_step_<N>.pt`, complete whenever it exists under that name: it is written beside
+it, flushed to the disk and renamed. It holds plain types and tensors only, so it loads with weights_only=True:
+
+    format step tokens config tokenizer model optimizer loader rng metrics
+
+Checkpoints of the seed (dankit/language-model-pretraining: other names, interleaved RoPE) are converted on reading.
+"""
+
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+import distributed
+from config import from_dict
+from model import VOCAB_MULTIPLE, ModelConfig, Transformer
+
+FORMAT = 1
+NAME = re.compile(r"checkpoint_step_(\d+)\.pt")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+GPT2 = {"name": "gpt2", "vocab_size": 50257, "eot_id": 50256}  # the only tokenizer the seed ever had
+
+
+def path_of(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return Path(run_dir) / f"checkpoint_step_{step}.pt"
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The checkpoint of the highest step in a run directory, or None."""
+    folder = Path(run_dir)
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := NAME.fullmatch(p.name))] if folder.is_dir() else []
+    return max(found)[1] if found else None
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint file that `path` means: a file, a run directory (its newest) or a Hub id. Raises ValueError."""
+    path = Path(path)
+    if path.is_dir():
+        if found := latest(path):
+            return found
+        raise ValueError(
+            f"no checkpoint_step_<N>.pt in {path}; a run writes one at its end and at each checkpoint_every"
+        )
+    if path.exists():
+        return path
+    if HUB_ID.fullmatch(str(path)):
+        return _from_hub(str(path))
+    raise ValueError(f"no checkpoint at {path}: neither a file nor a run directory")
+
+
+def _from_hub(repo: str) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        names = [name for name in HfApi().list_repo_files(repo) if name.endswith(".pt")]
+        if not names:
+            raise ValueError(f"no checkpoint at {repo}: the Hub repository of that name holds no .pt file")
+        newest = max(names, key=lambda name: [int(part) for part in re.findall(r"\d+", name)] or [-1])
+        return Path(hf_hub_download(repo, newest))
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no answer")
+        raise ValueError(f"no checkpoint at {repo}: no such file or folder, and the Hub says {status}") from error
+    except OSError as error:
+        raise ValueError(f"no checkpoint at {repo}: no such file or folder, and the Hub cannot be reached") from error
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint file as a dict on the CPU, memory mapped, in today's format. Raises ValueError that says what is wrong."""
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no CRC: a flipped bit would load without a word
+            if damaged := archive.testzip():
+                raise ValueError(f"checkpoint {path} is damaged: the checksum of {damaged!r} does not match")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise ValueError(f"cannot read checkpoint {path}: {error.strerror}") from error
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) {_what_is_it(path)}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # the unpickler's own errors; torch's text would advise weights_only=False
+        raise ValueError(f"{path} is not a safe checkpoint: it wants to run code or is no tensor file") from error
+    if isinstance(state, dict) and "model_state_dict" in state:
+        return _from_seed(state, path)
+    if not isinstance(state, dict) or not {"format", "model", "config"} <= state.keys():
+        held = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path} is not a nano416 checkpoint: it holds {held}")
+    if state["format"] > FORMAT:
+        raise ValueError(f"{path} has format {state['format']}, this version reads up to {FORMAT}; update nano416")
+    return state
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, dict[str, Any]]:
+    """The network of a checkpoint in fp32, in eval mode, and the rest of the checkpoint (without the weights)."""
+    path = find(path)
+    state = read(path)
+    config = from_dict(ModelConfig, state["config"]["model"])
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    model.build_tables()
+    load_weights(model, state.pop("model"), path)
+    state.pop("optimizer", None)
+    return model.to(device).eval(), {**state, "path": str(path)}
+
+
+def load_weights(model: Transformer, weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Copy weights into a model (any wrapping). Raises ValueError that lists what is missing or has another shape."""
+    have: dict[str, Any] = dict(weights)
+    want: dict[str, Any] = dict(get_model_state_dict(model))
+    wrong = [f"{k} is missing" for k in want if k not in have]
+    wrong += [f"{k} is unknown" for k in have if k not in want]
+    wrong += [
+        f"{k} is {list(have[k].shape)}, the model has {list(want[k].shape)}"
+        for k in want
+        if k in have and have[k].shape != want[k].shape
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not fit the model: {'; '.join(wrong[:4])} ({len(wrong)} differences)")
+    set_model_state_dict(model, have, options=StateDictOptions(full_state_dict=True))
+
+
+def save(
+    run_dir: str | Path,
+    *,
+    step: int,
+    tokens: int,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    loader: dict[str, Any],
+    config: dict[str, Any],
+    tokenizer: dict[str, Any],
+    metrics: dict[str, Any],
+) -> Path:
+    """Write checkpoint_step_<step>.pt. All ranks call it; rank 0 writes. `step` counts the steps that are done."""
+    options = StateDictOptions(full_state_dict=True)
+    state = {
+        "format": FORMAT,
+        "step": step,
+        "tokens": tokens,
+        "config": config,
+        "tokenizer": tokenizer,
+        "model": get_model_state_dict(model, options=options),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+        "loader": loader,
+        "rng": distributed.gather(rng_state()),
+        "metrics": metrics,
+    }
+    path = path_of(run_dir, step)
+    if distributed.rank() == 0:
+        write(path, state)
+    distributed.barrier()
+    return path
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Write beside the target, flush to the device, rename, flush the rename. Any failure leaves what was there."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def restore(state: dict[str, Any], model: torch.nn.Module, optimizer: Optimizer, path: str | Path) -> None:
+    """Put a checkpoint's weights, optimizer state and random state into a run that continues it, on every rank."""
+    load_weights(model, state["model"], path)  # type: ignore[arg-type]
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)  # this run's lr, betas and decay win over the file's
+    ranks = state["rng"]
+    if len(ranks) == distributed.world_size():
+        set_rng_state(ranks[distributed.rank()])
+
+
+def rng_state() -> dict[str, Tensor]:
+    """Random state of this process, CPU and current GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    """Undo of `rng_state`."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _what_is_it(path: Path) -> str:
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file itself; run `git lfs pull`"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "is a web page, not a checkpoint; download it again"
+    return "is not a checkpoint, or a truncated one"
+
+
+# The seed's checkpoints: {"model_state_dict", "config", "step", "total_tokens", ...}, gpt2 tokenizer.
+SEED_NAMES = {
+    "embeddings": "embed_tokens",
+    "attention.w_q": "self_attn.q_proj",
+    "attention.w_k": "self_attn.k_proj",
+    "attention.w_v": "self_attn.v_proj",
+    "attention.w_o": "self_attn.o_proj",
+    "ffn.w_gate": "mlp.gate_proj",
+    "ffn.w_value": "mlp.up_proj",
+    "ffn.out": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def _from_seed(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint of the seed in our format; ValueError if its configuration is missing."""
+    old = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): value for name, value in state["model_state_dict"].items()}
+    shape = state.get("config")
+    if not isinstance(shape, dict) or "embeddings.weight" not in old or "layers.0.ffn.w_gate.weight" not in old:
+        raise ValueError(
+            f"{path} looks like a checkpoint of another project: `config` or `embeddings.weight` is missing"
+        )
+    vocab_size, dim = old["embeddings.weight"].shape
+    config = {
+        "dim": dim,
+        "n_layers": 1 + max(int(m[1]) for name in old if (m := re.match(r"layers\.(\d+)\.", name))),
+        "n_heads": shape.get("n_heads", 16),
+        "n_kv_heads": shape.get("n_kv_heads", shape.get("n_heads", 16)),
+        "ffn_dim": old["layers.0.ffn.w_gate.weight"].shape[0],
+        "vocab_size": vocab_size,
+        "seq_len": shape.get("seq_len", 1024),
+    }
+    model = {}
+    for name, tensor in old.items():
+        if name == "lm_head.weight" or "rope" in name or "rotary" in name:  # tied; recomputed
+            continue
+        for theirs, ours in SEED_NAMES.items():
+            name = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\g<1>{ours}.", name)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = _half_split(tensor, dim // config["n_heads"])
+        model[name] = tensor
+    padding = -vocab_size % VOCAB_MULTIPLE
+    model["embed_tokens.weight"] = torch.nn.functional.pad(model["embed_tokens.weight"], (0, 0, 0, padding))
+    return {
+        "format": FORMAT,
+        "step": state.get("step", 0),
+        "tokens": state.get("total_tokens", 0),
+        "config": {"model": config},
+        "tokenizer": GPT2,
+        "model": model,
+        "metrics": {},
+    }
+
+
+def _half_split(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of a q or k projection for RoPE on (0,1), (2,3), ... -> rows for RoPE on (0, H/2), (1, H/2 + 1), ..."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,139 @@
+"""The only place that knows how many processes there are, and the only import of torch.distributed.
+
+dist = distributed.init()                              # reads torchrun's environment; one process without it
+model = distributed.parallelize(raw_model, dist, "ddp")
+with distributed.no_sync(model, last=False): ...       # gradients stay local until the last micro-step
+loss = distributed.mean(loss)                          # over ranks
+distributed.shutdown()
+"""
+
+import contextlib
+import gc
+import os
+import sys
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as torch_dist
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+Strategy = Literal["ddp"]
+TIMEOUT = timedelta(minutes=10)  # a rank silent for longer is dead: NCCL's own default, gloo would wait 30 minutes
+
+
+@dataclass(frozen=True)
+class Dist:
+    """Who this process is."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init() -> Dist:
+    """Join torchrun's process group if there is one, and pick this rank's device."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    present = [name for name in names if name in os.environ]
+    if not present:
+        return Dist(device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    if missing := [name for name in names if name not in os.environ]:
+        raise ValueError(f"{present[0]} is set but {', '.join(missing)} is not; start several processes with torchrun")
+    rank, local_rank, world_size = (int(os.environ[name]) for name in names)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: torchrun started more processes than the "
+                f"{torch.cuda.device_count()} visible GPUs; lower --nproc_per_node"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch_dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
+    return Dist(rank, local_rank, world_size, device)
+
+
+def shutdown(code: int | None = None) -> None:
+    """Leave the process group. With `code`, end the process at once as well.
+
+    Gloo aborts in a quarter of interpreter exits while DDP's reducer is still alive (torch 2.13), turning a finished
+    run into a failure; collecting it first, or leaving without the interpreter's teardown, avoids that.
+    """
+    gc.unfreeze()
+    gc.collect()
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+        if code is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+
+def parallelize(model: nn.Module, dist: Dist, strategy: Strategy) -> nn.Module:
+    """The module to call for training: `model` itself in one process, wrapped otherwise."""
+    if dist.world_size == 1:
+        return model
+    assert strategy == "ddp"
+    device_ids = [dist.local_rank] if dist.device.type == "cuda" else None
+    return DDP(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Around forward and backward of one micro-step: gradients are averaged over ranks only in the last one."""
+    return model.no_sync() if isinstance(model, DDP) and not last else contextlib.nullcontext()
+
+
+def mean(value: Tensor) -> Tensor:
+    """Average over ranks."""
+    return total(value) / world_size()
+
+
+def total(value: Tensor) -> Tensor:
+    """Sum over ranks."""
+    if torch_dist.is_initialized():
+        value = value.clone()
+        torch_dist.all_reduce(value)
+    return value
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's picklable value, on every rank."""
+    if not torch_dist.is_initialized():
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's picklable value, in rank order, on every rank."""
+    if not torch_dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+
+
+def rank() -> int:
+    """This process's number, 0 without torchrun."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without torchrun."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1

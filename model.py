@@ -1,0 +1,359 @@
+"""The network: tokens in, logits or loss out; key/value cache and sampling.
+
+A Llama-shaped decoder: RMSNorm, rotary positions (half-split, as Hugging Face), SwiGLU, no biases; optional grouped
+key/value heads, QK-norm (Qwen3) and bidirectional attention (masked diffusion). Parameter names are Hugging Face's,
+so exporting is a rename. Copy this file into another project: it needs torch alone.
+
+    model = Transformer(ModelConfig(vocab_size=50257))      # 416,417,792 parameters
+    logits = model(tokens)                                  # [B, T] -> [B, T, V]
+    loss = model(tokens, targets)                           # mean cross entropy, nats per token
+    for token in generate(model, prompt, 100): ...          # prompt: list of ints
+"""
+
+# Tensor dimensions: B batch, T tokens, D dim, N query heads, K key/value heads, H head_dim, S cached tokens,
+# V vocabulary (padded), F ffn_dim, L layers
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-6
+INIT_STD = 0.02
+VOCAB_MULTIPLE = 128  # matmuls with 50304 columns are faster than with 50257; modded-nanogpt and nanochat do the same
+IGNORED = -100  # a target that carries no loss
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the network."""
+
+    dim: int = 1024  # width of the residual stream
+    n_layers: int = 24  # transformer blocks
+    n_heads: int = 16  # query heads
+    n_kv_heads: int | None = None  # key/value heads; none = n_heads, fewer = grouped-query attention
+    head_dim: int | None = None  # width of one head; none = dim / n_heads
+    ffn_dim: int | None = None  # width of the SwiGLU layer; none = 3.5 x dim
+    vocab_size: int | None = None  # number of tokens; none = that of the data's tokenizer
+    seq_len: int = 1024  # context length in tokens
+    rope_theta: float = 10000.0  # base of the rotary frequencies; larger for longer contexts
+    tie_embeddings: bool = True  # output head shares the embedding's weights
+    qk_norm: bool = False  # RMSNorm on queries and keys (Qwen3); steadier at high learning rates
+    causal: bool = True  # false = every token sees every token (masked diffusion)
+
+    def __post_init__(self):
+        for name in ("dim", "n_layers", "n_heads", "seq_len"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.head_dim is None:
+            _require(self.dim % self.n_heads == 0, f"dim ({self.dim}) must be a multiple of n_heads ({self.n_heads})")
+        derived = {
+            "n_kv_heads": self.n_heads,
+            "head_dim": self.dim // self.n_heads,
+            "ffn_dim": 7 * self.dim // 2,
+        }
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # frozen: this is its one moment of change
+        n_kv, head_dim, ffn_dim = self.n_kv_heads or 0, self.head_dim or 0, self.ffn_dim or 0
+        _require(
+            n_kv >= 1 and self.n_heads % n_kv == 0,
+            f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})",
+        )
+        _require(
+            head_dim >= 2 and head_dim % 2 == 0,
+            f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}; choose another dim or n_heads",
+        )
+        _require(ffn_dim >= 1, f"ffn_dim must be at least 1, got {self.ffn_dim}")
+        _require(self.rope_theta > 1, f"rope_theta must be above 1, got {self.rope_theta}")
+        _require(
+            self.vocab_size is None or self.vocab_size >= 2,
+            f"vocab_size must be at least 2, got {self.vocab_size}",
+        )
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.head_dim and config.n_kv_heads
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.q_proj = nn.Linear(config.dim, self.n_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS) if config.qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        cache: "KVCache | None",
+        layer: int,
+    ) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # [B, N, T, H]
+        k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, K, T, H]
+        v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, K, T, H]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)  # [B, K, S + T, H]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.n_kv_heads != self.n_heads
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), Shazeer 2020 (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.ffn_dim
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward layer, each behind an RMSNorm and beside the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, *attention_args) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *attention_args)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """The whole network. `config.vocab_size` must be set."""
+
+    rope_cos: Tensor  # [seq_len, H/2]
+    rope_sin: Tensor  # [seq_len, H/2]
+    padding_bias: Tensor | None  # [V]
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.vocab_size and config.head_dim, "vocab_size comes from the tokenizer"
+        self.config = config
+        padded = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.embed_tokens = nn.Embedding(padded, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, padded, bias=False)
+        self.build_tables()
+        self.init_weights()
+
+    def build_tables(self) -> None:
+        """Rotary angles and the mask of padded tokens: derived from the shape, so never in a checkpoint."""
+        config, padded = self.config, self.embed_tokens.num_embeddings
+        assert config.head_dim and config.vocab_size
+        # Angles in fp32: bf16 has 8 significant bits, so positions above 256 would no longer be distinct.
+        frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+        angles = torch.outer(torch.arange(config.seq_len, dtype=torch.float32), frequencies)  # [seq_len, H/2]
+        bias = torch.zeros(padded)
+        bias[config.vocab_size :] = -math.inf  # padded tokens never win and get no gradient
+        self.register_buffer("rope_cos", angles.cos(), persistent=False)
+        self.register_buffer("rope_sin", angles.sin(), persistent=False)
+        self.register_buffer("padding_bias", bias if padded > config.vocab_size else None, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's: normal(0, 0.02); layers that write to the residual stream are scaled by 1/sqrt(2 n_layers)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.ones_(parameter)
+            else:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * self.config.n_layers) if writes else INIT_STD)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        loss_weights: Tensor | None = None,
+        reduction: str = "mean",
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        """Logits [B, T, V] (padded columns are -inf); with `targets` [B, T] the loss in nats instead.
+
+        Targets of -100 carry no loss. reduction: "mean" over the targets that count, "sum", or "none" ([B, T]).
+        loss_weights [B, T] multiply the loss of each token; the mean then divides by all B*T.
+        """
+        hidden = self.hidden(tokens, cache=cache)
+        return self.head(hidden) if targets is None else self.loss(hidden, targets, loss_weights, reduction)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        cache: "KVCache | None" = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states [B, T, D], normalised, ready for `head`.
+
+        positions [B, T] and mask (bool, broadcast to [B, N, T, S+T], true = may look) replace the usual order.
+        """
+        T, start = tokens.shape[1], cache.length if cache is not None else 0
+        if start + T > self.config.seq_len and positions is None:
+            raise ValueError(f"{start + T} tokens exceed the context of {self.config.seq_len} (seq_len)")
+        at = slice(start, start + T) if positions is None else positions
+        cos, sin = self.rope_cos[at], self.rope_sin[at]  # [T, H/2] or [B, T, H/2]
+        if positions is not None:
+            cos, sin = cos[:, None], sin[:, None]  # [B, 1, T, H/2]
+        is_causal = mask is None and self.config.causal and T > 1 and start == 0
+        if (
+            mask is None and self.config.causal and T > 1 and start > 0
+        ):  # a later chunk: SDPA's is_causal aligns top-left
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(diagonal=start)
+        x = self.embed_tokens(tokens)  # [B, T, D]
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, mask, is_causal, cache, i)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] to logits [..., V]."""
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        bias = self.padding_bias
+        return F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
+
+    def loss(
+        self, hidden: Tensor, targets: Tensor, loss_weights: Tensor | None = None, reduction: str = "mean"
+    ) -> Tensor:
+        """Cross entropy of `head(hidden)` against targets [B, T], in fp32."""
+        logits = self.head(hidden).float().flatten(0, -2)  # [B*T, V]; one fused kernel when compiled
+        if loss_weights is None:
+            loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+            return loss.view_as(targets) if reduction == "none" else loss
+        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
+        losses = losses.view_as(targets) * loss_weights
+        return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
+
+    def num_params(self) -> int:
+        """Parameters of the real vocabulary, without padding rows; tied weights count once."""
+        assert self.config.vocab_size
+        padding = self.embed_tokens.num_embeddings - self.config.vocab_size
+        tables = 1 if self.lm_head is None else 2
+        return sum(p.numel() for p in self.parameters()) - tables * padding * self.config.dim
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token: 6 x matmul parameters + 12 L N H T for attention (PaLM, arXiv:2204.02311, app. B)."""
+        config = self.config
+        assert config.vocab_size and config.head_dim
+        lookup_only = 0 if self.lm_head is None else config.vocab_size * config.dim
+        attention = 12 * config.n_layers * config.n_heads * config.head_dim * config.seq_len
+        return 6 * (self.num_params() - lookup_only) + attention
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far; room for `max_len`. Takes dtype and device from what it is given."""
+
+    def __init__(self, max_len: int):
+        self.max_len, self.length = max_len, 0
+        self.entries: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> k, v of [B, K, max_len, H]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, K, T, H] after the tokens held; return all of them, [B, K, S + T, H]."""
+        B, K, T, H = k.shape
+        if layer not in self.entries:
+            self.entries[layer] = (k.new_empty(B, K, self.max_len, H), v.new_empty(B, K, self.max_len, H))
+        keys, values = self.entries[layer]
+        end = self.length + T
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (arXiv:2104.09864) on x [B, N, T, H]; dimension i is paired with i + H/2."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token per row of logits [B, V] -> [B]. temperature 0 is greedy; top_k and top_p narrow the choice."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of everything likelier
+        logits = torch.full_like(logits, -math.inf).scatter(-1, order, ordered.masked_fill(before >= top_p, -math.inf))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def generate(
+    model: Transformer,
+    prompt: list[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_token: int | None = None,
+    use_cache: bool = True,
+) -> Iterator[int]:
+    """Yield the tokens that continue `prompt` (at least one token), one by one; `stop_token` ends it unseen.
+
+    Past the context the oldest half is forgotten, with and without cache alike, so both give the same tokens.
+    """
+    assert prompt, "a prompt has at least one token"
+    device = model.embed_tokens.weight.device
+    generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
+    limit = model.config.seq_len
+    window = list(prompt[-limit:])
+    cache, unseen = KVCache(limit) if use_cache else None, window
+    for _ in range(max_new_tokens):
+        if len(window) > limit:
+            window = window[-(limit // 2 or 1) :]
+            cache, unseen = KVCache(limit) if use_cache else None, window
+        logits = next_logits(model, unseen if use_cache else window, cache)
+        token = int(sample(logits, temperature, top_k, top_p, generator))
+        if token == stop_token:
+            return
+        yield token
+        window.append(token)
+        unseen = [token]
+
+
+@torch.inference_mode()
+def next_logits(model: Transformer, tokens: list[int], cache: KVCache | None = None) -> Tensor:
+    """Logits [1, V] of the token after `tokens`, which follow what `cache` holds."""
+    ids = torch.tensor([tokens], device=model.embed_tokens.weight.device)
+    return model.head(model.hidden(ids, cache=cache)[:, -1])
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
