@@ -93,7 +93,8 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None) -> T:
         for f in fields(section_cls):
             assert f.name not in section_of, f"option {f.name} is in both [{section_of[f.name]}] and [{section}]"
             section_of[f.name] = section
-            flag: dict[str, Any] = {"nargs": "?", "const": "true"} if hints[f.name] is bool else {}  # bare --compile
+            is_flag = bool in (hints[f.name], *typing.get_args(hints[f.name]))  # bare --compile
+            flag: dict[str, Any] = {"nargs": "?", "const": "true"} if is_flag else {}
             parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **flag)
     overrides = vars(parser.parse_args(argv))
     try:
@@ -129,7 +130,7 @@ def answer_help(doc: str | None, sections: Mapping[str, str]) -> None:
 
 
 def field_table(source: str, body: ast.ClassDef) -> dict[str, tuple[str, str]]:
-    """{field: (default as written, the comment on its line)} of a dataclass."""
+    """{field: (default as written, the comment that ends it)} of a dataclass."""
     lines, table = source.splitlines(), {}
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
@@ -137,7 +138,7 @@ def field_table(source: str, body: ast.ClassDef) -> dict[str, tuple[str, str]]:
             inner = re.fullmatch(r"field\(default_factory=lambda: (.*)\)", ast.unparse(node.value))
             if inner:  # a dict of weights, as the command line writes it
                 default = ",".join(f"{k}={v:g}" for k, v in ast.literal_eval(inner[1]).items())
-            table[node.target.id] = (default, lines[node.lineno - 1].partition("  # ")[2])
+            table[node.target.id] = (default, lines[(node.end_lineno or node.lineno) - 1].partition("  # ")[2])
     return table
 
 
@@ -236,13 +237,11 @@ def _cast(value: Any, hint: Any, name: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if types.NoneType in args and (value is None or value == "none"):
             return None
-        inner = [a for a in args if a is not types.NoneType]
-        for arm in inner[:-1]:
+        for arm in (a for a in args if a is not types.NoneType):
             try:
                 return _cast(value, arm, name)
             except ConfigError:
                 pass
-        return _cast(value, inner[-1], name)
     try:
         if origin is Literal:
             return {str(choice): choice for choice in args}[str(value)]
