@@ -308,7 +308,8 @@ def sample(
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of everything likelier
-        logits = torch.full_like(logits, -math.inf).scatter(-1, order, ordered.masked_fill(before >= top_p, -math.inf))
+        ordered[(before >= top_p) & (before > 0)] = -math.inf  # the likeliest token always stays
+        logits = torch.empty_like(logits).scatter_(-1, order, ordered)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
