@@ -78,7 +78,7 @@ def run(main: Callable[[], Any]) -> None:
 def die(message: str, code: int) -> typing.NoReturn:
     """One line on stderr, then exit. Under torchrun all ranks meet the same error; rank 0 says it for all."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(1)  # torchrun ends this process as soon as rank 0 has left; alone with its error, it speaks
+        time.sleep(5)  # torchrun ends this process as soon as rank 0 has left; alone with its error, it speaks
     print(" ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(code)
 

@@ -27,7 +27,8 @@ DATA = "data/hellaswag_val.jsonl"
 def parse(argv: list[str] | None = None) -> Any:
     """The command line. Runs before torch is imported, which takes seconds."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="file, run directory or Hub id")
+    parser.add_argument("--checkpoint", help="file, run directory or Hub id")
+    parser.add_argument("--download", action="store_true", help="only fetch the items, score nothing")
     parser.add_argument("--data", default=DATA, help=f"HellaSwag .jsonl, downloaded when it is the default [{DATA}]")
     parser.add_argument("--num_examples", type=int, help="only the first N items [all]")
     parser.add_argument("--output", help="write scores and items as JSON")
@@ -285,17 +286,22 @@ def report(scores: dict[str, Any]) -> str:
 
 def main(args: Any) -> None:
     """Command line: score one checkpoint, alone or under torchrun."""
+    if args.download:
+        return download(args.data)
+    if not args.checkpoint:
+        raise ValueError("--checkpoint is missing; give a run directory, a checkpoint file or a Hub id")
     if args.num_examples is not None and args.num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, got {args.num_examples}")
     if args.output and not os.access(Path(args.output).parent, os.W_OK):
         raise ValueError(f"cannot write {args.output}: {Path(args.output).parent} is no writable folder")
+    path = checkpoint.find(args.checkpoint)
     dist = distributed.init()
     device = torch.device(args.device) if args.device else dist.device
     if dist.is_main and args.data == DATA and not Path(DATA).exists():
         download(DATA)
     distributed.barrier()
     items = load_items(args.data, args.num_examples)
-    model, meta = checkpoint.load_model(args.checkpoint, device)
+    model, meta = checkpoint.load_model(path, device)
     tokenizer = load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256"))
     dtype = torch.bfloat16 if (args.dtype or ("bf16" if device.type == "cuda" else "fp32")) == "bf16" else None
     scores = evaluate(model, tokenizer, items, dtype=dtype, progress=dist.is_main)

@@ -118,9 +118,14 @@ class MetricsLog:
         path = self.run_dir / "metrics.jsonl"
         if self.enabled and path.exists():
             kept = [r for r in read_metrics(path) if r["step"] < step or (r["step"] == step and "loss" in r)]
-            partial = path.with_suffix(".tmp")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(partial, path)
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a small file as a whole: readers see the old one or the new one."""
+    partial = Path(path).with_name(f".{Path(path).name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -187,9 +192,7 @@ def write_summary(run_dir: str | Path, **facts: Any) -> dict[str, Any]:
     """final_metrics.json and final_metrics.png of a run; returns what the file holds."""
     rows = read_metrics(run_dir)
     summary = {**summarize(rows), **facts}
-    partial = Path(run_dir) / ".final_metrics.json.tmp"
-    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, Path(run_dir) / "final_metrics.json")
+    write_text(Path(run_dir) / "final_metrics.json", json.dumps(summary, indent=2) + "\n")
     plot({Path(run_dir).name: rows}, Path(run_dir) / "final_metrics.png")
     return summary
 

@@ -13,6 +13,9 @@ import contextlib
 import json
 import math
 import os
+import shlex
+import sys
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -126,7 +129,7 @@ def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
     saves = 1 + (plan.steps - 1) // cfg.train.checkpoint_every if cfg.train.checkpoint_every else 1
     on = f"{dist.world_size} x {device_name(dist.device)}"
     lines = [
-        f"model      {plan.params:,} parameters, {plan.flops_per_token / 1e9:.3f} GFLOP per token",
+        f"model      {plan.params:,} parameters, {plan.flops_per_token / 1e9:.3g} GFLOP per token",
         f"batch      {cfg.train.batch_tokens:,} tokens = {cfg.train.batch_size} sequences x {cfg.model.seq_len} tokens x "
         f"{plan.micro_steps} micro-steps x {dist.world_size} processes",
         f"run        {plan.steps:,} steps, {tokens:,} tokens ({tokens / plan.params:.1f} per parameter), {flops:.3g} FLOP",
@@ -160,14 +163,18 @@ def train(cfg: Config, dist: Dist) -> None:
     cfg = with_vocabulary(cfg, data_vocabulary(cfg))
     plan = make_plan(cfg, dist.world_size)
     source = choose_checkpoint(cfg)
-    loader = open_loader(cfg, plan, dist)
+    state = read_state(source, cfg) if source else None
+    if state and finished(cfg, plan, state):
+        return print("\n".join([*changed_options(state, cfg), outcome(cfg)])) if dist.is_main else None
+    loader = open_loader(cfg, plan, state, dist)
     log = open_run_dir(cfg, dist, plan.steps)
-    tokenizer = tokenizer_if_there(loader, log)
     torch.manual_seed(cfg.train.seed)
     torch.set_float32_matmul_precision("high")
     raw_model = Transformer(cfg.model).to(dist.device)
     optimizer = build_optimizer(raw_model, cfg.optim)
-    step, tokens = start(source, cfg, raw_model, optimizer, loader, log)
+    step, tokens = start(state, cfg, raw_model, optimizer, log)
+    write_config(cfg, dist)
+    tokenizer = tokenizer_if_there(loader, log)
     if cfg.train.compile if cfg.train.compile is not None else dist.device.type == "cuda":
         raw_model.compile(dynamic=False)
     model = distributed.parallelize(raw_model, dist, cfg.train.parallel)
@@ -310,9 +317,9 @@ def data_vocabulary(cfg: Config) -> int:
     return Dataset(next(iter(cfg.data.sources))).tokenizer["vocab_size"]
 
 
-def open_loader(cfg: Config, plan: Plan, dist: Dist) -> TokenLoader:
-    """This rank's training batches."""
-    return TokenLoader(
+def open_loader(cfg: Config, plan: Plan, state: dict[str, Any] | None, dist: Dist) -> TokenLoader:
+    """This rank's training batches, from where `state` left off."""
+    loader = TokenLoader(
         cfg.data.sources,
         seq_len=cfg.model.seq_len,
         batch_size=cfg.train.batch_size,
@@ -323,6 +330,9 @@ def open_loader(cfg: Config, plan: Plan, dist: Dist) -> TokenLoader:
         vocab_size=cfg.model.vocab_size,
         pin_memory=dist.device.type == "cuda",
     )
+    if state:
+        loader.load_state_dict(state["loader"])
+    return loader
 
 
 def tokenizer_if_there(loader: TokenLoader, log: metrics.MetricsLog) -> Tokenizer | None:
@@ -335,18 +345,23 @@ def tokenizer_if_there(loader: TokenLoader, log: metrics.MetricsLog) -> Tokenize
 
 
 def open_run_dir(cfg: Config, dist: Dist, steps: int) -> metrics.MetricsLog:
-    """Create the run directory, prove that it can be written to, and put config.json there."""
+    """Create the run directory and prove that it can be written to, before anything has been computed."""
     folder = Path(cfg.train.run_dir)
     if dist.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / ".config.json.tmp"
-            partial.write_text(json.dumps(config.to_dict(cfg), indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, folder / "config.json")
+            with tempfile.TemporaryFile(dir=folder):
+                pass
         except OSError as error:
             raise ValueError(f"cannot write to run_dir {folder}: {error.strerror}; choose another --run_dir") from error
     distributed.barrier()
     return metrics.MetricsLog(folder, steps, enabled=dist.is_main)
+
+
+def write_config(cfg: Config, dist: Dist) -> None:
+    """RUN_DIR/config.json, itself a config file."""
+    if dist.is_main:
+        metrics.write_text(Path(cfg.train.run_dir, "config.json"), json.dumps(config.to_dict(cfg), indent=2) + "\n")
 
 
 def choose_checkpoint(cfg: Config) -> Path | None:
@@ -363,31 +378,13 @@ def choose_checkpoint(cfg: Config) -> Path | None:
     return path
 
 
-def start(source: Path | None, cfg: Config, model, optimizer, loader: TokenLoader, log) -> tuple[int, int]:
-    """Fill model, optimizer and loader from `source` (or init_from, or nothing). Returns steps and tokens done."""
-    if source is None:
-        log.rewind(0)
-        if cfg.train.init_from:
-            path = checkpoint.find(cfg.train.init_from)
-            state = checkpoint.read(path)
-            same_model(state, cfg, path)
-            checkpoint.load_weights(model, state["model"], path)
-            log.line(f"weights from {path}")
-        return 0, 0
-    state = checkpoint.read(source)
-    same_model(state, cfg, source)
+def read_state(path: Path, cfg: Config) -> dict[str, Any]:
+    """The checkpoint to continue from. Raises ValueError where it does not fit this run."""
+    state = checkpoint.read(path)
+    same_model(state, cfg, path)
     if "optimizer" not in state:
-        raise ValueError(f"{source} has weights but no optimizer state; start from it with --init_from={source}")
-    checkpoint.restore(state, model, optimizer, source)
-    loader.load_state_dict(state["loader"])
-    log.rewind(state["step"])
-    changed = [
-        line
-        for section in ("data", "optim", "train")
-        for line in config.differences(state["config"][section], config.to_dict(cfg)[section])
-    ]
-    log.line(f"resumed {source} at step {state['step']:,}" + "".join(f"\n  {line}" for line in changed))
-    return state["step"], state["tokens"]
+        raise ValueError(f"{path} has weights but no optimizer state; start from it with --init_from={path}")
+    return {**state, "path": path}
 
 
 def same_model(state: dict[str, Any], cfg: Config, path: Path) -> None:
@@ -397,21 +394,57 @@ def same_model(state: dict[str, Any], cfg: Config, path: Path) -> None:
         raise ValueError(f"{path} holds another model ({'; '.join(different)}); give its shape, or another --run_dir")
 
 
+def changed_options(state: dict[str, Any], cfg: Config) -> list[str]:
+    """How this run's options differ from those a checkpoint was trained with, one line each."""
+    old, new = state["config"], config.to_dict(cfg)
+    return [f"  {line}" for name in ("data", "optim", "train") for line in config.differences(old[name], new[name])]
+
+
+def start(state: dict[str, Any] | None, cfg: Config, model, optimizer, log: metrics.MetricsLog) -> tuple[int, int]:
+    """Fill model and optimizer from `state`, or the model from init_from, or nothing. Returns steps and tokens done."""
+    if state:
+        checkpoint.restore(state, model, optimizer, state["path"])
+        log.rewind(state["step"])
+        log.line("\n".join([f"resumed {state['path']} at step {state['step']:,}", *changed_options(state, cfg)]))
+        return state["step"], state["tokens"]
+    log.rewind(0)
+    if cfg.train.init_from:
+        path = checkpoint.find(cfg.train.init_from)
+        weights = checkpoint.read(path)
+        same_model(weights, cfg, path)
+        checkpoint.load_weights(model, weights["model"], path)
+        log.line(f"weights from {path}")
+    return 0, 0
+
+
+def finished(cfg: Config, plan: Plan, state: dict[str, Any]) -> bool:
+    """True if the run directory already holds the outcome of this plan."""
+    there = Path(cfg.train.run_dir, "final_metrics.json").exists()
+    return there and state["path"] == checkpoint.path_of(cfg.train.run_dir, plan.steps)
+
+
 def finish(cfg: Config, plan: Plan, dist: Dist, log: metrics.MetricsLog) -> None:
     """Write final_metrics.json and .png, and say where everything lies."""
     log.end()
     if dist.is_main:
-        summary = metrics.write_summary(
-            cfg.train.run_dir,
-            parameters=plan.params,
-            device=device_name(dist.device),
-            n_devices=dist.world_size,
-            torch=str(torch.__version__),
-        )
-        log.line(
-            f"done: {summary['step']:,} steps, {summary['tokens']:,} tokens, validation loss {summary['val_loss']:.4f}; "
-            f"see {cfg.train.run_dir}/final_metrics.png"
-        )
+        facts = {"parameters": plan.params, "device": device_name(dist.device), "n_devices": dist.world_size}
+        metrics.write_summary(cfg.train.run_dir, **facts, torch=str(torch.__version__))
+        log.line(outcome(cfg))
+
+
+def outcome(cfg: Config) -> str:
+    """Where a finished run lies and what to do with it."""
+    run_dir = cfg.train.run_dir
+    inside = Path(sys.executable).is_relative_to(Path.cwd())  # the launch script's .venv, which no shell has activated
+    python = os.path.relpath(sys.executable) if inside else "python"
+    summary = json.loads(Path(run_dir, "final_metrics.json").read_text(encoding="utf-8"))
+    return (
+        f"done: {summary['step']:,} steps, {summary['tokens']:,} tokens, validation loss {summary['val_loss']:.4f}\n"
+        f"  checkpoint  {checkpoint.path_of(run_dir, summary['step'])}\n"
+        f"  numbers     {run_dir}/metrics.jsonl, {run_dir}/final_metrics.json\n"
+        f"  picture     {run_dir}/final_metrics.png\n"
+        f"  talk to it  {python} chat.py {shlex.quote(run_dir)}"
+    )
 
 
 class Stopwatch:

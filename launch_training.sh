@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# From a bare machine to a language model you trained: environment, data, training, evaluation, plots.
+#
+#   ./launch_training.sh                        8 GPUs, 1 GPU or none: takes what is there
+#   ./launch_training.sh --max_steps=1000       all arguments reach training.py (see: python training.py --help)
+#   ./launch_training.sh configs/my.toml        another configuration; prepare its data first
+#   NGPUS=2 ./launch_training.sh                fewer GPUs
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ./launch_training.sh      on each of several machines
+#
+# Without a GPU it trains a small model on the Python language reference, in about two minutes on 2 cores.
+# Call it again: finished steps are skipped, an interrupted run goes on. Needs Python >= 3.11; installs into .venv only
+# (or into the virtual environment that is active).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+say() { printf '\n== %s\n' "$*"; }
+
+# make_environment FILE...: a virtual environment with the requirements in FILE..., installed once per change of them.
+make_environment() {
+    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+        local python candidate
+        for candidate in python3.13 python3.12 python3.11 python3 python; do
+            if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+        done
+        [ -n "${python:-}" ] || { echo "Python >= 3.11 is needed; found $(python3 --version 2>&1 || true)" >&2; return 1; }
+        if [ ! -x .venv/bin/pip ]; then
+            say "environment: .venv ($("$python" --version))"
+            "$python" -m venv .venv || { echo "no virtual environment: install Python's venv (Debian: apt install python3-venv)" >&2; return 1; }
+        fi
+        export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
+    fi
+    local stamp file
+    for file in "$@"; do
+        stamp="${VIRTUAL_ENV:-$CONDA_PREFIX}/.nano416-${file##*/}"
+        if ! cmp -s "$file" "$stamp"; then
+            say "packages: $file (torch is large, this can take minutes)"
+            python -m pip install --disable-pip-version-check -q -r "$file"
+            cp "$file" "$stamp"
+        fi
+    done
+}
+
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # sourced (by tests/run.sh): the functions are all it wants
+
+stage="environment"
+trap 'echo "launch_training.sh: stopped in stage: $stage" >&2' ERR
+make_environment requirements.txt
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+processes=${NGPUS:-$gpus}
+[ "$processes" -ge 1 ] || processes=1
+config=()
+case "${1:-}" in *.toml | *.json) ;; *) [ "$gpus" -gt 0 ] || config=(configs/sample.toml) ;; esac
+
+stage="data"
+case " ${1:-} $* " in
+    *.toml\ * | *.json\ * | *" --sources"*) ;; # the user's own data
+    *)
+        if [ "$gpus" -eq 0 ]; then
+            [ -f data/sample/meta.json ] || { say "data: the Python language reference"; python data_pipeline.py sample; }
+        else
+            say "data: FineWeb-Edu, 10B tokens (20 GB; what is there is kept)"
+            python data_pipeline.py download
+            [ -f data/hellaswag_val.jsonl ] || python eval_hellaswag.py --download
+        fi
+        ;;
+esac
+
+stage="training"
+say "training: $processes process(es), $gpus GPU(s) visible"
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a restarted worker must not meet the dead one's keys (pytorch#167288)
+if [ "$processes" -eq 1 ] && [ "${NNODES:-1}" -eq 1 ]; then
+    python training.py "${config[@]}" "$@"
+else
+    [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=$((($(getconf _NPROCESSORS_ONLN) + processes - 1) / processes))
+    where=(--standalone)
+    [ "${NNODES:-1}" -eq 1 ] || where=(--nnodes="$NNODES" --node_rank="${NODE_RANK:?}" --master_addr="${MASTER_ADDR:?}" --master_port="${MASTER_PORT:-29500}")
+    torchrun "${where[@]}" --nproc_per_node="$processes" training.py "${config[@]}" "$@"
+fi

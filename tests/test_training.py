@@ -1,0 +1,234 @@
+"""The loop: what a run writes, and that batching, processes, interruptions and compilation do not change it."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import data_pipeline
+import metrics
+import training
+from config import parse_config
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--dim=32", "--n_layers=2", "--n_heads=2", "--seq_len=32", "--batch_size=4", "--batch_tokens=512"]
+OFTEN = ["--log_every=1", "--eval_every=3", "--eval_tokens=2000", "--checkpoint_every=2", "--sample_every=0"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "sample"
+    data_pipeline.sample(folder)
+    return folder
+
+
+def arguments(data: Path, run_dir: Path, *extra: str) -> list[str]:
+    own = [f"--sources={data}", f"--run_dir={run_dir}", "--max_lr=3e-3", "--max_steps=6", "--hellaswag=none"]
+    return [*TINY, *OFTEN, *own, *extra]
+
+
+def run(data: Path, run_dir: Path, *extra: str) -> list[dict]:
+    training.main(parse_config(training.Config, arguments(data, run_dir, *extra)))
+    return metrics.read_metrics(run_dir)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    rows = [row for row in metrics.read_metrics(run_dir) if "loss" in row]
+    assert len({row["step"] for row in rows}) == len(rows), "a step is logged twice"
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def weights(run_dir: Path, step: int = 6) -> dict[str, torch.Tensor]:
+    return checkpoint.read(checkpoint.path_of(run_dir, step))["model"]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run(data, run_dir)
+    return run_dir
+
+
+@pytest.fixture(autouse=True)
+def no_further_plots(monkeypatch, undisturbed):
+    monkeypatch.setattr(metrics, "plot", lambda *_: None)  # a second each; `undisturbed` has drawn one
+
+
+def test_a_run_learns_and_leaves_what_the_readme_lists(undisturbed):
+    values = losses(undisturbed)
+    assert list(values) == [1, 2, 3, 4, 5, 6] and values[6] < values[1] - 0.3
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {
+        *("config.json", "metrics.jsonl", "train.log", "final_metrics.json", "final_metrics.png"),
+        *(f"checkpoint_step_{step}.pt" for step in (2, 4, 6)),
+    }
+    summary = json.loads((undisturbed / "final_metrics.json").read_text())
+    assert summary["step"] == 6 and summary["tokens"] == 6 * 512 and 3 < summary["val_loss"] < 5.6
+    assert (undisturbed / "final_metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_carry_the_documented_names(undisturbed):
+    rows = metrics.read_metrics(undisturbed)
+    train = next(row for row in rows if "loss" in row)
+    assert set(train) == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "memory_gb"}  # mfu: GPUs only
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 3, 6]
+    assert all({"val_loss", "val_bpb"} <= set(row) for row in rows if "val_loss" in row)
+
+
+def test_bits_per_byte_of_a_byte_model_is_its_loss_in_bits(undisturbed):
+    row = next(row for row in metrics.read_metrics(undisturbed) if "val_bpb" in row)
+    # a byte is a token here, but for the end-of-text tokens, which cost bits and stand for no bytes
+    assert row["val_bpb"] == pytest.approx(row["val_loss"] / 0.6931472, rel=2e-3)
+
+
+def test_validation_loss_is_the_mean_over_the_validation_tokens(undisturbed, data):
+    model, _ = checkpoint.load_model(undisturbed)
+    tokens = torch.from_numpy(data_pipeline.read_shard(data / "val_000000.bin").astype("int64"))[: 2000 + 1]
+    total = 0.0
+    for start in range(0, 2000, 32):
+        window = tokens[start : start + 33]
+        total += model(window[None, :-1], window[None, 1:], reduction="sum").item()
+    last = [row["val_loss"] for row in metrics.read_metrics(undisturbed) if "val_loss" in row][-1]
+    assert last == pytest.approx(total / (len(tokens) - 1), rel=2e-2)
+
+
+def test_resuming_changes_nothing(undisturbed, data, tmp_path):
+    run_dir = tmp_path / "resumed"
+    shutil.copytree(undisturbed, run_dir)
+    for name in ("checkpoint_step_4.pt", "checkpoint_step_6.pt", "final_metrics.json"):
+        (run_dir / name).unlink()
+    run(data, run_dir)
+    assert losses(run_dir) == losses(undisturbed)
+    assert same_weights(run_dir, undisturbed)
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(undisturbed, data, tmp_path):
+    run_dir = tmp_path / "killed"
+    command = [sys.executable, "training.py", *arguments(data, run_dir)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not checkpoint.latest(run_dir) and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.1))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    assert losses(run_dir) == pytest.approx(losses(undisturbed), abs=0)
+    assert same_weights(run_dir, undisturbed)
+
+
+def test_a_finished_run_is_left_alone(undisturbed, data, capsys):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()}
+    run(data, undisturbed)
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()}
+    assert "talk to it" in capsys.readouterr().out
+
+
+def test_its_own_config_json_repeats_a_run(undisturbed, tmp_path):
+    repeated = tmp_path / "repeated"
+    cfg = parse_config(training.Config, [str(undisturbed / "config.json"), f"--run_dir={repeated}"])
+    training.main(cfg)
+    assert losses(repeated) == losses(undisturbed)
+
+
+def test_accumulating_micro_steps_is_the_same_as_one_large_batch(undisturbed, data, tmp_path):
+    run(data, tmp_path / "large", "--batch_size=16")
+    assert losses(tmp_path / "large") == pytest.approx(losses(undisturbed), abs=1e-5)
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_two_processes_are_the_same_run_as_one(undisturbed, data, tmp_path, processes):
+    run_dir = tmp_path / "distributed"
+    torchrun(processes, arguments(data, run_dir))
+    assert losses(run_dir) == pytest.approx(losses(undisturbed), abs=1e-5)
+    rows = [[r["val_loss"] for r in metrics.read_metrics(d) if "val_loss" in r] for d in (run_dir, undisturbed)]
+    assert rows[0] == pytest.approx(rows[1], abs=1e-5)
+    for name, tensor in weights(run_dir).items():
+        assert torch.allclose(tensor, weights(undisturbed)[name], atol=1e-4), name
+
+
+def torchrun(processes: int, args: list[str]) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "training.py", *args]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_weights_of_another_run_can_start_a_new_one(undisturbed, data, tmp_path):
+    run(data, tmp_path / "fresh", f"--init_from={undisturbed}", "--max_steps=1")
+    rows = [metrics.read_metrics(folder) for folder in (undisturbed, tmp_path / "fresh")]
+    last, first = ([r["val_loss"] for r in part if "val_loss" in r][i] for part, i in zip(rows, (-1, 0), strict=True))
+    assert first == last
+
+
+def test_seed_decides_the_run(undisturbed, data, tmp_path):
+    run(data, tmp_path / "other", "--seed=1", "--max_steps=1")
+    assert losses(tmp_path / "other")[1] != losses(undisturbed)[1]
+
+
+def test_hellaswag_is_scored_at_checkpoints_where_its_items_are(data, tmp_path, hellaswag_file):
+    rows = run(data, tmp_path / "scored", f"--hellaswag={hellaswag_file}", "--max_steps=2")
+    scored = [row for row in rows if "hellaswag_acc_norm" in row]
+    assert [row["step"] for row in scored] == [2] and 0 <= scored[0]["hellaswag_acc_norm"] <= 1
+
+
+def test_a_run_without_hellaswag_items_says_so_once(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(data, tmp_path / "without", "--hellaswag=data/hellaswag_val.jsonl", "--max_steps=4")
+    assert capsys.readouterr().out.count("no HellaSwag items") == 1
+
+
+@pytest.fixture
+def hellaswag_file(tmp_path) -> Path:
+    item = {"activity_label": "Cooking", "ctx_a": "A man cracks an egg.", "ctx_b": "he", "label": 1}
+    endings = ["flies away.", "drops it into a pan.", "sings to the hen.", "is the pan."]
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps({**item, "endings": endings}) + "\n" for _ in range(3)))
+    return path
+
+
+def test_the_plan_of_the_416m_run_needs_no_data(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    training.main(parse_config(training.Config, ["--dry_run"]))
+    plan = capsys.readouterr().out
+    assert "416,417,792 parameters" in plan and "15,258 steps" in plan
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_batch_in_tokens_is_shared_out_over_any_number_of_processes():
+    cfg = training.with_vocabulary(training.Config(), None)
+    plans = {n: training.make_plan(cfg, n) for n in (1, 2, 8)}
+    assert {n: plan.micro_steps for n, plan in plans.items()} == {1: 16, 2: 8, 8: 2}
+    assert {(plan.steps, plan.batch_sequences) for plan in plans.values()} == {(15_258, 640)}
+
+
+def test_bf16_on_a_cpu_learns_as_well(data, tmp_path, undisturbed):
+    run(data, tmp_path / "bf16", "--dtype=bf16")
+    assert losses(tmp_path / "bf16")[6] == pytest.approx(losses(undisturbed)[6], abs=0.05)
+
+
+@pytest.mark.slow
+def test_the_compiled_model_gives_the_losses_of_the_eager_one(undisturbed, data, tmp_path):
+    run(data, tmp_path / "compiled", "--compile")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(undisturbed), abs=1e-4)
+    assert weights(tmp_path / "compiled").keys() == weights(undisturbed).keys()
+
+
+def test_vocabulary_follows_the_data_unless_given():
+    cfg = training.Config()
+    assert training.with_vocabulary(cfg, 257).model.vocab_size == 257
+    wider = replace(cfg, model=replace(cfg.model, vocab_size=300))
+    assert training.with_vocabulary(wider, 257).model.vocab_size == 300
