@@ -13,20 +13,33 @@ training.py reads it through TokenLoader and validation_batches.
 """
 
 import argparse
+import bz2
 import dataclasses
+import functools
+import gzip
 import hashlib
 import inspect
+import io
 import json
+import lzma
+import multiprocessing
 import os
 import queue
 import re
+import shutil
+import signal
 import sys
 import threading
+import time
+import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
 import numpy as np
 from tqdm import tqdm
@@ -140,7 +153,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> str:
     magic, version = {dtype: key for key, dtype in FORMATS.items()}[tokens.dtype]
     header = np.zeros(256, dtype="<i4")
     header[:3] = magic, version, len(tokens)
-    return _write_atomic(Path(path), header.tobytes(), memoryview(np.ascontiguousarray(tokens)).cast("B"))
+    return _write_atomic(Path(path), header.tobytes(), np.ascontiguousarray(tokens).view(np.uint8).data)
 
 
 def read_shard(path: str | Path) -> np.ndarray:
@@ -339,7 +352,7 @@ class Order:
             slots = permute(np.arange(BLOCK), BLOCK, key_of(self.seed, 1, number))
             source, index = np.searchsorted(np.cumsum(self.per_block), slots, side="right"), np.zeros(BLOCK, np.int64)
             for s in np.unique(source):
-                index[source == s] = np.arange(self.per_block[s])
+                index[source == s] = np.arange(int(self.per_block[s]))
             self._cached = number, source, index
         return self._cached[1:]
 
@@ -370,7 +383,9 @@ class Order:
 class DataConfig:
     """Where the training tokens come from."""
 
-    sources: dict[str, float] = field(default_factory=lambda: {"data/fineweb_edu": 1.0})  # shard folders, or a=0.7,b=0.3
+    sources: dict[str, float] = field(
+        default_factory=lambda: {"data/fineweb_edu": 1.0}
+    )  # shard folders, or a=0.7,b=0.3
 
     def __post_init__(self) -> None:
         _check_weights(self.sources)
@@ -381,12 +396,13 @@ def _check_weights(sources: Mapping[str, float]) -> None:
         raise ValueError(f"sources={dict(sources)} needs one folder or more, with weights >= 0 and one above 0")
     for (name, weight), count in zip(sources.items(), mixture_counts(sources.values())):
         if weight and not count:
-            raise ValueError(f"sources: weight {weight:g} of {name} is less than one sequence in {BLOCK}; raise it or 0")
+            raise ValueError(
+                f"sources: weight {weight:g} of {name} is less than one sequence in {BLOCK}; raise it or 0"
+            )
 
 
 def _open_sources(sources: Mapping[str, float], vocab_size: int | None) -> list[Dataset]:
     """The datasets, which must share one tokenizer that fits the model's vocabulary."""
-    _check_weights(sources)
     datasets = [Dataset(folder) for folder in sources]
     first = datasets[0]
     for other in datasets[1:]:
@@ -424,6 +440,7 @@ class TokenLoader:
         vocab_size: int | None = None,
         pin_memory: bool = False,
     ):
+        _check_weights(sources)
         assert batch_sequences % (batch_size * world_size) == 0, (batch_sequences, batch_size, world_size)
         self.seq_len, self.batch_size, self.rank, self.pin_memory = seq_len, batch_size, rank, pin_memory
         self._stride = batch_size * world_size  # sequences of all ranks per next()
@@ -564,27 +581,27 @@ def _locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError as error:
+        os.close(handle)
         raise ValueError(f"another process is writing to {folder}; wait for it or choose another --out_dir") from error
+    try:
+        yield
     finally:
+        if not os.listdir(folder):
+            folder.rmdir()  # failed before the first shard: leave nothing behind
         os.close(handle)
 
 
 class ShardWriter:
     """Tokens in, full shards out. progress.json follows each shard, meta.json comes last, so that a run of the same
-    `job` goes on where the one before stopped. `position` is the caller's, opaque here: where the next token of a
-    new run comes from."""
+    `job` goes on where the one before stopped: at `position`, (file, record, tokens from that record on that shards
+    already hold)."""
 
     def __init__(self, folder: Path, job: Mapping[str, Any], tokenizer: Mapping[str, Any], shard_tokens: int):
         self.folder, self.tokenizer, self.shard_tokens = folder, dict(tokenizer), shard_tokens
-        self.progress: dict[str, Any] = {"job": dict(job), "shards": [], "position": None}
+        self.progress: dict[str, Any] = {"job": dict(job), "shards": [], "position": [0, 0, 0]}
+        self.progress = _begun(folder, job) or self.progress
         self.done = (folder / "meta.json").exists()
-        known = folder / ("meta.json" if self.done else "progress.json")
-        if known.exists():
-            self.progress = _read_progress(known, dict(job))
-        elif strays := sorted(folder.glob("*.bin")):
-            raise ValueError(f"{strays[0]} is not ours to overwrite; choose another --out_dir")
         self.split, self._fill = "", 0
         self._buffer = np.empty(shard_tokens, token_dtype(tokenizer["vocab_size"]))
 
@@ -592,64 +609,597 @@ class ShardWriter:
         written = sum(shard["tokens"] for shard in self.progress["shards"] if shard["split"] == split)
         return written + (self._fill if split == self.split else 0)
 
-    def add(self, split: str, tokens: np.ndarray, position: Callable[[int], Any] = lambda taken: None) -> None:
-        """Append to `split`; `position(n)` is where to go on when n of these tokens are safe on the disk."""
-        if split != self.split:
-            self.flush(position(0))
-            self.split = split
-        taken = 0
-        while taken < len(tokens):
-            part = tokens[taken : taken + self.shard_tokens - self._fill]
-            self._buffer[self._fill : self._fill + len(part)] = part
-            self._fill += len(part)
-            taken += len(part)
-            if self._fill == self.shard_tokens:
-                self.flush(position(taken))
+    @property
+    def position(self) -> tuple[int, int, int]:
+        file, record, taken = self.progress["position"]
+        return file, record, taken
 
-    def flush(self, position: Any = None) -> None:
-        if self._fill:
-            tokens, self._fill = self._buffer[: self._fill], 0
-            number = sum(shard["split"] == self.split for shard in self.progress["shards"])
-            name = f"{self.split}_{number:06d}.bin"
-            sha256 = write_shard(self.folder / name, tokens)
-            documents = int(np.count_nonzero(tokens == self.tokenizer["eot_id"]))
-            size = HEADER_BYTES + tokens.nbytes
-            self.progress["shards"].append(
-                {"file": name, "split": self.split, "tokens": len(tokens), "documents": documents, "bytes": size}
-                | {"sha256": sha256}
-            )
+    def add(self, split: str, tokens: np.ndarray, position: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """Append to `split` tokens that begin at `position`."""
+        if not len(tokens):
+            return
+        if split != self.split:
+            self.flush(position)
+            self.split = split
+        file, record, taken = position
+        while len(tokens):
+            part, tokens = np.split(tokens, [self.shard_tokens - self._fill])
+            self._buffer[self._fill : self._fill + len(part)] = part
+            self._fill, taken = self._fill + len(part), taken + len(part)
+            if self._fill == self.shard_tokens:
+                self.flush((file, record, taken))
+
+    def flush(self, position: tuple[int, int, int]) -> None:
+        """Write what is there as a shard; a new run goes on at `position`."""
+        if not self._fill:
+            return
+        tokens, self._fill = self._buffer[: self._fill], 0
+        number = sum(shard["split"] == self.split for shard in self.progress["shards"])
+        name = f"{self.split}_{number:06d}.bin"
+        sha256 = write_shard(self.folder / name, tokens)
+        facts = _describe(name, self.split, tokens, self.tokenizer["eot_id"], sha256)
+        self.progress["shards"].append(facts)
         self.progress["position"] = position
         _write_json(self.folder / "progress.json", self.progress)
 
     def finish(self, **facts: Any) -> None:
-        """The rest as a last short shard, then meta.json: from here on the dataset exists."""
-        self.flush()
-        shards = self.progress["shards"]
-        totals = {
-            split: {key: sum(s[key] for s in shards if s["split"] == split) for key in ("tokens", "documents")}
-            for split in ("train", "val")
-        }
-        meta = {"version": 1, "tokenizer": self.tokenizer, **facts, **totals, "job": self.progress["job"]}
-        _write_json(self.folder / "meta.json", meta | {"shards": shards})
+        """The rest as a last short shard, then meta.json."""
+        self.flush(self.position)
+        _finish(self.folder, self.progress, self.tokenizer, **facts)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        for shard in self.progress["shards"]:
+            (self.folder / shard["file"]).unlink()
         (self.folder / "progress.json").unlink(missing_ok=True)
 
 
-def _read_progress(path: Path, job: dict[str, Any]) -> dict[str, Any]:
+def _finish(folder: Path, progress: Mapping[str, Any], tokenizer: Mapping[str, Any], **facts: Any) -> None:
+    """meta.json in the place of progress.json: from here on the dataset exists."""
+    meta: dict[str, Any] = {"version": 1, "tokenizer": dict(tokenizer), **facts}
+    for split in ("train", "val"):
+        shards = [shard for shard in progress["shards"] if shard["split"] == split]
+        meta[split] = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents")}
+    _write_json(folder / "meta.json", meta | {"job": progress["job"], "shards": progress["shards"]})
+    (folder / "progress.json").unlink(missing_ok=True)
+
+
+def _documents(tokens: np.ndarray, eot_id: int) -> int:
+    return int(np.count_nonzero(tokens == eot_id))
+
+
+def _describe(name: str, split: str, tokens: np.ndarray, eot_id: int, sha256: str) -> dict[str, Any]:
+    size = HEADER_BYTES + tokens.nbytes
+    facts = {"file": name, "split": split, "tokens": len(tokens), "documents": _documents(tokens, eot_id)}
+    return facts | {"bytes": size, "sha256": sha256}
+
+
+def _begun(folder: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier run of the same job left in meta.json or progress.json. ValueError if it was another job."""
+    path = folder / ("meta.json" if (folder / "meta.json").exists() else "progress.json")
+    if not path.exists():
+        if strays := sorted(folder.glob("*.bin")):
+            raise ValueError(f"{strays[0]} is not ours to overwrite; choose another --out_dir")
+        return None
     try:
         progress = json.loads(path.read_text(encoding="utf-8"))
         differences = config.differences(progress["job"], job)
-        for shard in progress["shards"]:
-            read_shard(path.parent / shard["file"])
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {path.parent} or choose another --out_dir") from error
+        shards = [folder / shard["file"] for shard in progress["shards"]]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete {folder} or choose another --out_dir") from error
     if differences:
         raise ValueError(
-            f"{path.parent} holds another dataset ({'; '.join(differences)[:300]}); choose another --out_dir or delete it"
+            f"{folder} holds another dataset ({'; '.join(differences)[:300]}); choose another --out_dir or delete it"
         )
+    for shard in shards:
+        if shard.exists() or "repo" not in job:  # a download fetches what is missing
+            read_shard(shard)
     return progress
 
 
+# ---- Sources: text in any of these files, in chunks that a worker can encode alone -----------------------------------
+
+CHUNK_BYTES = 2**20
+FORMATS_READ = (".jsonl", ".json", ".txt", ".md", ".parquet", ".arrow")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+
+
+class Chunk(NamedTuple):
+    """Consecutive records of one file. The text of one chunk follows that of the one before, whoever encodes it."""
+
+    file: int
+    record: int  # number of the first one: a line, a row, a piece of a text file
+    kind: str  # "lines" of JSON, "rows" (dicts), "values" (of the text column), a "piece" of a text or its "end"
+    data: Any
+    file_bytes: int  # read so far, for the progress bar
+
+
+def find_files(source: str, subset: str | None = None, split: str = "train") -> list[str]:
+    """A file, a folder, a URL, globs and {00..09} braces, or the id of a Hugging Face dataset -> paths, in order."""
+    from fsspec.core import url_to_fs
+
+    if Path(source).is_dir():
+        files = [str(path) for path in sorted(Path(source).rglob("*")) if path.is_file() and _suffix(path.name)]
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() and not _suffix(source):
+        files = _hub_files(source, subset, split)
+    else:
+        files = []
+        for pattern in _expand_braces(source):
+            fs, path = url_to_fs(pattern)
+            found = sorted(fs.glob(path)) if re.search(r"[*?\[]", path) else [path] if fs.exists(path) else []
+            files += [str(name) if fs.protocol[0] == "file" else fs.unstrip_protocol(name) for name in found]
+    if not files:
+        raise ValueError(f"source {source!r}: no such file, and no {' '.join(FORMATS_READ)} in such a folder")
+    for file in files:
+        if not _suffix(file):
+            raise ValueError(f"{file}: cannot read this kind of file, only {' '.join(FORMATS_READ + COMPRESSED)}")
+    return files
+
+
+def _hub_files(name: str, subset: str | None, split: str) -> list[str]:
+    """The files behind a Hugging Face dataset id, pinned to today's commit."""
+    from datasets import load_dataset_builder
+
+    try:
+        files = load_dataset_builder(name, subset).config.data_files or {}
+    except Exception as error:  # the hub client, its HTTP library and datasets each have their own
+        raise ValueError(
+            f"cannot open source {name!r}, neither as a file nor on the Hugging Face hub: {error}"
+        ) from error
+    if split not in files:
+        raise ValueError(f"{name} has no split {split!r} in files, only {', '.join(map(str, files)) or 'none'}")
+    return [str(file) for file in files[split]]
+
+
+def _expand_braces(text: str) -> list[str]:
+    """x{00..02} -> x00 x01 x02; x{a,b} -> xa xb."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", text)
+    if not match:
+        return [text]
+    first, last, names = match.groups()
+    words = names.split(",") if names else [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+    return [whole for word in words for whole in _expand_braces(text[: match.start()] + word + text[match.end() :])]
+
+
+def _suffix(name: str) -> str:
+    """The format of a file name, compression set aside; "" if we cannot read it."""
+    stem, suffix = os.path.splitext(name.lower())
+    suffix = os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix
+    return suffix if suffix in FORMATS_READ else ""
+
+
+def read_chunks(paths: list[str], text_key: str, file: int = 0, record: int = 0) -> Iterator[Chunk]:
+    """Every chunk from record `record` of file number `file` on."""
+    from fsspec.core import url_to_fs
+
+    readers = {".jsonl": _read_lines, ".json": _read_json, ".txt": _read_text, ".md": _read_text}
+    for number, path in list(enumerate(paths))[file:]:
+        fs, name = url_to_fs(path)
+        suffix, start = _suffix(path), record if number == file else 0
+        read = readers.get(suffix) or functools.partial(_read_columns, text_key=text_key, suffix=suffix)
+        try:
+            with fs.open(name, "rb") as raw:
+                for first, kind, data in read(_decompressed(raw, path), start):
+                    yield Chunk(number, first, kind, data, raw.tell())
+        except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+            if getattr(error, "errno", None):
+                raise  # the disk's or the network's, not the file's
+            raise ValueError(f"{path}: damaged or cut off ({error}); fetch it again") from error
+
+
+def _decompressed(raw: Any, path: str) -> Any:
+    if path.endswith(".zst"):
+        import pyarrow  # reads several frames, and notices a missing end
+
+        return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+    open_compressed = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(os.path.splitext(path)[1])
+    return open_compressed(raw) if open_compressed else raw
+
+
+def _read_lines(stream: Any, start: int) -> Iterator[tuple[int, str, Any]]:
+    record, parts = 0, []
+    while data := stream.read(CHUNK_BYTES):
+        cut = data.rfind(b"\n") + 1
+        if cut:
+            block, parts = b"".join([*parts, data[:cut]]), []
+            lines = block.count(b"\n")
+            if record + lines > start:
+                skipped = max(0, start - record)
+                yield record + skipped, "lines", block.split(b"\n", skipped)[skipped]
+            record += lines
+        parts.append(data[cut:])
+    if (rest := b"".join(parts)).strip() and record >= start:
+        yield record, "lines", rest
+
+
+def _read_json(stream: Any, start: int) -> Iterator[tuple[int, str, Any]]:
+    """One list of objects; or, as often under this name, one object per line."""
+    data = stream.read()
+    if not data.lstrip().startswith(b"["):
+        yield from _read_lines(io.BytesIO(data), start)
+        return
+    try:
+        rows = json.loads(data)
+    except ValueError as error:
+        raise EOFError(f"not JSON: {error}") from error
+    for first in range(start, len(rows), 1000):
+        yield first, "rows", rows[first : first + 1000]
+
+
+def _read_text(stream: Any, start: int) -> Iterator[tuple[int, str, Any]]:
+    """A file is one document, in pieces cut after a lone newline between letters, where tokenizers cut, too."""
+    piece, rest = 0, b""
+    while data := stream.read(CHUNK_BYTES):
+        before, rest = max(0, len(rest) - 2), rest + data
+        cuts = [before + match.end() for match in re.finditer(rb"[!-~]\n(?=[!-~])", rest[before:])]
+        if cuts:
+            if piece >= start:
+                yield piece, "piece", rest[: cuts[-1]]
+            piece, rest = piece + 1, rest[cuts[-1] :]
+    if piece >= start:
+        yield piece, "end", rest
+
+
+def _read_columns(stream: Any, start: int, text_key: str, suffix: str) -> Iterator[tuple[int, str, Any]]:
+    """Parquet, or the Arrow streams that datasets.save_to_disk writes."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    try:
+        table = parquet.ParquetFile(stream) if suffix == ".parquet" else None
+        batches = ipc.open_stream(stream) if table is None else table.iter_batches(1000)
+        names = (batches.schema if table is None else table.schema_arrow).names
+        if text_key not in names:
+            raise ValueError(f"{text_key!r} is not among the columns {', '.join(names)}; name one with --text_key")
+        first = 0
+        for batch in batches if table is None else table.iter_batches(1000, columns=[text_key]):
+            if first + len(batch) > start:
+                skipped = max(0, start - first)
+                column = batch.column(text_key)[skipped:]
+                yield first + skipped, "values", column.to_pylist()
+            first += len(batch)
+    except pyarrow.ArrowInvalid as error:
+        raise EOFError(error) from error
+
+
+# ---- Prepare: chunks to workers, tokens back in order ----------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    """What a worker makes of a chunk."""
+
+    tokens: np.ndarray  # uint16 or uint32, each document followed by eot
+    empty: int  # documents without text, left out
+    faults: list[tuple[int, str]]  # (record, why it cannot be used)
+
+
+class Encoder:
+    """Chunk -> Encoded. Each worker process has one."""
+
+    def __init__(self, tokenizer: str, text_key: str):
+        self.ids, _, name = tokenizer.rpartition(":")
+        self.tokenizer, self.text_key = load_tokenizer(name), text_key
+        self.eot = np.array([self.tokenizer.eot_id], np.uint32)
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        arrays, empty, faults = [np.zeros(0, np.uint32)], 0, []
+        for number, record in enumerate(self._records(chunk), start=chunk.record):
+            if chunk.kind == "lines" and not record.strip():
+                continue  # a blank line is no document
+            try:
+                document = self._tokens(self._value(record, chunk.kind))
+            except (ValueError, RecursionError) as error:
+                faults.append((number, " ".join(str(error).split())[:200]))
+                continue
+            if not len(document):
+                empty += 1
+                continue
+            ended = chunk.kind == "piece" or self.ids == "chunks" or (self.ids and document[-1] == self.eot[0])
+            arrays += [document] if ended else [document, self.eot]
+        return Encoded(np.concatenate(arrays).astype(token_dtype(self.tokenizer.vocab_size)), empty, faults)
+
+    def _records(self, chunk: Chunk) -> list[Any]:
+        if chunk.kind == "lines":
+            return chunk.data.split(b"\n")
+        return [chunk.data] if chunk.kind in ("piece", "end") else chunk.data
+
+    def _value(self, record: Any, kind: str) -> Any:
+        """The text of a record. ValueError says why there is none."""
+        if kind == "values":
+            return record
+        if kind in ("piece", "end"):
+            return record.decode("utf-8")
+        row = json.loads(record) if kind == "lines" else record
+        if not isinstance(row, dict) or self.text_key not in row:
+            found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"no {self.text_key!r} here, only {found}; name the text with --text_key")
+        return row[self.text_key]
+
+    def _tokens(self, value: Any) -> np.ndarray:
+        if self.ids:
+            document = np.array(value if value is not None else [], dtype=np.int64)
+            if document.ndim != 1 or (
+                len(document) and not 0 <= document.min() <= document.max() < self.tokenizer.vocab_size
+            ):
+                raise ValueError(f"not a list of token ids below {self.tokenizer.vocab_size}")
+            return document.astype(np.uint32)
+        if not isinstance(value, str):
+            raise ValueError(f"{self.text_key!r} is a {type(value).__name__}, not text")
+        return self.tokenizer.encode_array(value) if value.strip() else self.eot[:0]
+
+
+_encoder: Encoder  # of a worker process
+
+
+def _start_worker(tokenizer: str, text_key: str) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    _encoder = Encoder(tokenizer, text_key)
+
+
+def _follow_parent() -> None:
+    """A killed parent cannot stop its workers; without this they would wait for its chunks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode(chunk: Chunk) -> Encoded:
+    return _encoder(chunk)
+
+
+def _encode_all(
+    chunks: Iterator[Chunk], tokenizer: str, text_key: str, workers: int
+) -> Iterator[tuple[Chunk, Encoded]]:
+    """In the order of the chunks, whatever the number of workers; at most 2 chunks per worker are in memory."""
+    if workers == 1:
+        encoder = Encoder(tokenizer, text_key)
+        yield from ((chunk._replace(data=None), encoder(chunk)) for chunk in chunks)
+        return
+    context = multiprocessing.get_context("spawn")  # fork is unsafe beside threads
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, text_key))
+    waiting: deque[tuple[Chunk, Future[Encoded]]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append((chunk._replace(data=None), pool.submit(_encode, chunk)))
+            if len(waiting) > 2 * workers:
+                yield waiting[0][0], waiting.popleft()[1].result()
+        while waiting:
+            yield waiting[0][0], waiting.popleft()[1].result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError("a worker process died, most likely for want of memory; try fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files to tokenize. The first `val_files` of them, or else the first `val_tokens` tokens, are the val split."""
+
+    paths: list[str]
+    sizes: list[int]
+    val_files: int
+    val_tokens: int
+
+    @property
+    def one_text(self) -> bool:  # a single document, which has to be cut to leave something for both splits
+        return len(self.paths) == 1 and _suffix(self.paths[0]) in (".txt", ".md")
+
+
+def _find_source(source: str, subset: str | None, split: str, val_source: str | None, val_tokens: int | None) -> Source:
+    if val_source and val_tokens is not None:
+        raise ValueError(f"val_source={val_source} is used whole; leave out val_tokens")
+    files = find_files(source, subset, split)
+    val_files = find_files(val_source, subset, split) if val_source else []
+    if not val_source and val_tokens is None and len(files) > 1:  # val-00.jsonl beside train-00.jsonl says what it is
+        val_files = [file for file in files if os.path.basename(file).startswith("val")]
+        files = [file for file in files if file not in val_files]
+    sizes = [_size(file) for file in val_files + files]
+    if val_tokens is None:
+        val_tokens = 0 if val_files else min(10_000_000, max(1, sum(sizes) // 100))
+    return Source(val_files + files, sizes, len(val_files), val_tokens)
+
+
+def _size(path: str) -> int:
+    from fsspec.core import url_to_fs
+
+    fs, name = url_to_fs(path)
+    return fs.size(name) or 0
+
+
+def _tokenize(writer: ShardWriter, source: Source, encoded: Iterator[tuple[Chunk, Encoded]], skip_faults: bool) -> None:
+    """The encoded chunks into the writer, which knows how many tokens of the first one it already has."""
+    skipped = writer.progress.setdefault("skipped", {"empty": 0, "faulty": 0, "first": []})
+    taken = writer.position[2]
+    with tqdm(total=sum(source.sizes), unit="B", unit_scale=True, desc="prepare", disable=None) as bar:
+        for chunk, (tokens, empty, faults) in encoded:
+            where = [f"{source.paths[chunk.file]}:{number + 1}: {reason}" for number, reason in faults]
+            if where and not skip_faults:
+                raise ValueError(f"{where[0]} (--on_error=skip leaves such records out and counts them)")
+            done, taken = min(taken, len(tokens)), max(0, taken - len(tokens))
+            cut = done + _val_cut(writer, source, chunk.file, tokens[done:])
+            writer.add("val", tokens[done:cut], (chunk.file, chunk.record, done))
+            writer.add("train", tokens[cut:], (chunk.file, chunk.record, cut))
+            skipped["empty"] += empty
+            skipped["faulty"] += len(faults)
+            skipped["first"] += where[: 20 - len(skipped["first"])]
+            bar.update(sum(source.sizes[: chunk.file]) + chunk.file_bytes - bar.n)
+            bar.set_postfix_str(f"{len(writer.progress['shards'])} shards")
+
+
+def _val_cut(writer: ShardWriter, source: Source, file: int, tokens: np.ndarray) -> int:
+    """How many of these tokens still belong to the val split: whole documents, until it is full."""
+    if source.val_files or writer.progress.get("val_full"):
+        return len(tokens) if file < source.val_files else 0
+    missing = source.val_tokens - writer.tokens("val")
+    last = np.arange(len(tokens)) if source.one_text else np.flatnonzero(tokens == writer.tokenizer["eot_id"])
+    cuts = np.append(0, last + 1)
+    writer.progress["val_full"] = bool(cuts[-1] >= missing)
+    return int(cuts[np.searchsorted(cuts, missing)]) if cuts[-1] >= missing else len(tokens)
+
+
 # ---- Commands --------------------------------------------------------------------------------------------------------
+
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+
+
+def prepare(
+    source: str = FINEWEB_EDU,  # files, folder, globs, {00..09} braces, URL, or a Hugging Face dataset id
+    out_dir: str = "data/fineweb_edu",  # folder of the dataset
+    subset: str | None = None,  # of a Hugging Face dataset (sample-10BT for FineWeb-Edu)
+    split: str = "train",  # of a Hugging Face dataset
+    text_key: str = "text",  # key or column that holds the text
+    tokenizer: str = "gpt2",  # gpt2, bytes, any tiktoken name; passthrough:gpt2 takes lists of gpt2 ids
+    val_source: str | None = None,  # validation text; without it, val* files of a folder, or the first val_tokens
+    val_tokens: int | None = None,  # first tokens that validate, whole documents (1% of the bytes, at most 10M)
+    shard_tokens: int = 100_000_000,  # tokens per shard
+    on_error: Literal["stop", "skip"] = "stop",  # at a record without text; skip counts and shows them
+    workers: int | None = None,  # processes, the result is the same for any number (one per core)
+) -> None:
+    """Tokenize text into a dataset. The same command again goes on where a killed one stopped."""
+    for name, value, least in (
+        ("shard_tokens", shard_tokens, 1),
+        ("val_tokens", val_tokens, 0),
+        ("workers", workers, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    if source == FINEWEB_EDU and subset is None:
+        subset = "sample-10BT"
+    identity = Encoder(tokenizer, text_key).tokenizer.info()  # an absent vocabulary stops here, before any file
+    found = _find_source(source, subset, split, val_source, val_tokens)
+    listing = hashlib.sha256(json.dumps([found.paths, found.sizes]).encode()).hexdigest()[:16]
+    job = {"source": source, "files": len(found.paths), "bytes": sum(found.sizes), "listing": listing}
+    job |= {"tokenizer": tokenizer, "text_key": text_key, "val_tokens": found.val_tokens, "shard_tokens": shard_tokens}
+    with _locked(Path(out_dir)):
+        writer = ShardWriter(Path(out_dir), job, identity, shard_tokens)
+        if not writer.done:
+            chunks = read_chunks(found.paths, text_key, *writer.position[:2])
+            _tokenize(writer, found, _encode_all(chunks, tokenizer, text_key, workers or _cores()), on_error == "skip")
+            if not writer.tokens("train"):
+                have = writer.tokens("val")
+                writer.discard()
+                missing = f"all {have:,} tokens are for validation, lower val_tokens" if have else "it holds no text"
+                raise ValueError(f"source {source!r} leaves nothing to train on: {missing}")
+            writer.finish(source=source, skipped=writer.progress["skipped"])
+    info(out_dir)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def download(
+    out_dir: str = "data/fineweb_edu",  # folder of the dataset
+    repo: str = "karpathy/fineweb-edu-100B-gpt2-token-shards",  # Hugging Face dataset: llm.c shards, or input_ids
+    num_shards: int = 100,  # train shards; 100 of FineWeb-Edu are 10B tokens
+) -> None:
+    """Fetch a tokenized dataset. The same command again goes on where a killed one stopped."""
+    if num_shards < 1:
+        raise ValueError(f"num_shards={num_shards} must be at least 1")
+    folder, job = Path(out_dir), {"repo": repo, "num_shards": num_shards}
+    with _locked(folder):
+        progress = _begun(folder, job) or _plan_download(folder, job)
+        whole = (folder / "meta.json").exists() and all((folder / s["file"]).exists() for s in progress["shards"])
+        if progress["shards"] and not whole:
+            _fetch_all(folder, progress)
+            for shard in progress["shards"]:  # of an earlier, killed run
+                shard.setdefault("documents", _documents(read_shard(folder / shard["file"]), GPT2["eot_id"]))
+            _finish(folder, progress, GPT2, source=repo, revision=progress["revision"])
+    if not progress["shards"]:  # no llm.c shards there: Arrow or parquet rows of gpt2 tokens, as the seed published
+        source = f"hf://datasets/{repo}@{progress['revision']}/**/*.{{arrow,parquet}}"
+        return prepare(source, out_dir, text_key="input_ids", tokenizer="chunks:gpt2")
+    info(out_dir)
+
+
+def _plan_download(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """progress.json with every shard announced: size and sha256 as the hub knows them, at one commit."""
+    from huggingface_hub import HfApi
+
+    repo, num_shards = job["repo"], job["num_shards"]
+    listing = _from_hub(lambda: HfApi().repo_info(repo, repo_type="dataset", files_metadata=True), repo)
+    files = {
+        s.rfilename: s for s in sorted(listing.siblings, key=lambda s: s.rfilename) if s.rfilename.endswith(".bin")
+    }
+    val, train = ([name for name in files if ("val" in Path(name).name) == wanted] for wanted in (True, False))
+    if files and (not val or len(train) < num_shards):
+        raise ValueError(f"num_shards={num_shards}, but {repo} has {len(train)} train and {len(val)} val shards")
+    shards = []
+    for split, names in ("val", val), ("train", train[:num_shards]):
+        for number, name in enumerate(names):
+            size, sha256 = files[name].size, files[name].lfs and files[name].lfs.sha256
+            tokens = (size - HEADER_BYTES) // token_dtype(GPT2["vocab_size"]).itemsize
+            shards.append({"file": f"{split}_{number:06d}.bin", "split": split, "tokens": tokens, "bytes": size})
+            shards[-1] |= {"sha256": sha256, "origin": name}
+    needed, free = sum(shard["bytes"] for shard in shards), shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"{repo} needs {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free; lower --num_shards")
+    progress = {"job": dict(job), "revision": listing.sha, "shards": shards}
+    if shards:
+        _write_json(folder / "progress.json", progress)
+    return progress
+
+
+def _fetch_all(folder: Path, progress: dict[str, Any]) -> None:
+    """The shards that are not there yet, four at a time; each gets its name when its checksum is right."""
+    parts = folder / ".download"
+    shutil.rmtree(parts, ignore_errors=True)  # of a killed download: the hub client cannot go on inside a file
+    missing = [shard for shard in progress["shards"] if not (folder / shard["file"]).exists()]
+    total = sum(shard["bytes"] for shard in progress["shards"])
+    here = total - sum(shard["bytes"] for shard in missing)
+    fetch = functools.partial(_fetch, folder, progress["job"]["repo"], progress["revision"], parts)
+    bar = tqdm(total=total, initial=here, unit="B", unit_scale=True, desc="download", disable=None)
+    with bar, ThreadPoolExecutor(4) as pool:
+        try:
+            for shard in pool.map(fetch, missing):
+                bar.update(shard["bytes"])
+        finally:
+            pool.shutdown(cancel_futures=True)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def _fetch(folder: Path, repo: str, revision: str, parts: Path, shard: dict[str, Any]) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # one bar for everything instead
+
+    def attempt() -> None:
+        name = hf_hub_download(repo, shard["origin"], repo_type="dataset", revision=revision, local_dir=parts)
+        path = Path(name)
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if path.stat().st_size != shard["bytes"] or sha256 != (shard["sha256"] or sha256):
+            path.unlink()
+            raise ConnectionError(f"{shard['origin']} of {repo} arrived damaged")
+        shard["sha256"], shard["documents"] = sha256, _documents(read_shard(path), GPT2["eot_id"])
+        os.replace(path, folder / shard["file"])
+
+    _from_hub(attempt, repo)
+    return shard
+
+
+def _from_hub(call: Callable[[], Any], repo: str) -> Any:
+    """Ask the Hugging Face hub, five times if need be. ValueError if it says no, ConnectionError if it is silent."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    for pause_s in (1, 2, 4, 8, None):
+        try:
+            return call()
+        except Exception as error:  # the hub client's, its HTTP library's, ours
+            status, reason = getattr(getattr(error, "response", None), "status_code", 0), str(error).splitlines()[0]
+            if isinstance(error, ValueError) or (400 <= status < 500 and status not in (408, 429)):
+                hint = (
+                    " (gated or private: accept its terms on the hub, then `hf auth login`)"
+                    if status in (401, 403)
+                    else ""
+                )
+                raise ValueError(f"{repo}: {reason}{hint}") from error
+            if pause_s is None or isinstance(error, OfflineModeIsEnabled):
+                raise ConnectionError(f"cannot fetch {repo}: {reason}; the same command again goes on") from error
+            time.sleep(pause_s)
 
 
 def sample(
@@ -710,16 +1260,18 @@ def verify(
 
 def _shard_faults(folder: Path, shard: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> list[str]:
     tokens = read_shard(folder / shard["file"])
-    documents = int(np.count_nonzero(tokens == tokenizer["eot_id"]))
+    documents = _documents(tokens, tokenizer["eot_id"])
     with open(folder / shard["file"], "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     largest = int(tokens.max()) if len(tokens) else 0
     found = {"tokens": len(tokens), "documents": documents, "sha256": sha256}
-    faults = [f"{key} is {found[key]}, meta.json says {shard[key]}" for key in found if shard.get(key, found[key]) != found[key]]
+    faults = [
+        f"{key} is {found[key]}, meta.json says {shard[key]}"
+        for key in found
+        if shard.get(key, found[key]) != found[key]
+    ]
     if largest >= tokenizer["vocab_size"]:
         faults.append(f"token {largest} with a vocabulary of {tokenizer['vocab_size']}")
-    if len(tokens) > 100_000 and not 0 < documents <= len(tokens) / 4:
-        faults.append(f"{documents} documents in {len(tokens):,} tokens: not the eot token {tokenizer['eot_id']}?")
     return faults
 
 
@@ -733,7 +1285,9 @@ def info(
     print(f"  tokenizer {name}, {vocab_size:,} tokens, {dataset.dtype.name}")
     for split in ("train", "val"):
         shards = dataset.shards(split)
-        documents = f"{sum(s['documents'] for s in shards):,} documents" if "documents" in dataset.meta["shards"][0] else ""
+        documents = (
+            f"{sum(s['documents'] for s in shards):,} documents" if "documents" in dataset.meta["shards"][0] else ""
+        )
         print(f"  {split:5} {sum(s['tokens'] for s in shards):>15,} tokens in {len(shards)} shards  {documents}")
     first = dataset.read((dataset.shards("train") or dataset.meta["shards"])[0])[:100]
     try:
@@ -748,7 +1302,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (sample, verify, info)}
+COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (sample, download, prepare, verify, info)}
 
 
 def main() -> None:
@@ -759,6 +1313,8 @@ def main() -> None:
     options = _options(command, sys.argv[2:])
     try:
         command(**options)
+    except BrokenPipeError:
+        raise
     except OSError as error:  # disk full, no permission, network: not the user's input, but no traceback either
         config.die(f"{first.prog}: error: {error}", 1)
 
