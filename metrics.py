@@ -48,7 +48,7 @@ SHOWN = {  # how a log line writes a value
     "hellaswag_acc": "HellaSwag acc {:.2%}",
     "hellaswag_acc_norm": "acc_norm {:.2%}",
 }
-EMA_DECAY = 0.99  # of the smoothed loss in plots, the seed's
+EMA_DECAY = 0.99  # of the smoothed loss in plots, the seed's; less for short runs, where it would lag
 
 
 class MetricsLog:
@@ -167,8 +167,9 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def ema(values: list[float], decay: float = EMA_DECAY) -> list[float]:
-    """Exponential moving average without the bias of its start."""
+def ema(values: list[float], decay: float | None = None) -> list[float]:
+    """Exponential moving average without the bias of its start; by default over a hundredth of the values."""
+    decay = min(EMA_DECAY, 1 - 1 / (1 + len(values) / 100)) if decay is None else decay
     smooth, out = 0.0, []
     for n, value in enumerate(values, 1):
         smooth = decay * smooth + (1 - decay) * value
@@ -233,10 +234,11 @@ def plot(runs: dict[str, list[dict[str, Any]]], out: str | Path) -> None:
         axis.grid(alpha=0.25)
         if not any(drawn):
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="gray")
+            axis.set(xticks=[], yticks=[])
             continue
         axis.set_yscale(scale)
         if title in ("Throughput", "Peak memory"):
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         if title.startswith("HellaSwag"):
             axis.axhline(25, color="gray", ls=":", label="chance")
         if axis.get_legend_handles_labels()[0]:
@@ -251,14 +253,15 @@ def plot(runs: dict[str, list[dict[str, Any]]], out: str | Path) -> None:
 def _draw(axis, rows, key: str, x: str, number: int, name: str, n_runs: int) -> bool:
     """One curve: training losses faint with their average on top, evaluations as dots. False if nothing was measured."""
     source, transform = DERIVED.get(key, (key, lambda value: value))
-    points = [(row[x], transform(row[source])) for row in rows if row.get(source) is not None]
+    points = [(row[x], row[source]) for row in rows if row.get(source) is not None]
     if not points:
         return False
-    at, values = [p[0] for p in points], [p[1] for p in points]
+    at, measured = [p[0] for p in points], [p[1] for p in points]
+    values = [transform(value) for value in measured]
     color, label = f"C{number}", name if n_runs > 1 else None
     if key in ("loss", "perplexity"):
         axis.plot(at, values, color=color, alpha=0.25)
-        axis.plot(at, ema(values), color=color, label=label or "training, smoothed")
+        axis.plot(at, [transform(value) for value in ema(measured)], color=color, label=label or "training, smoothed")
     elif key.startswith(("val_", "hellaswag")):
         own = "black" if n_runs == 1 else color
         axis.plot(
