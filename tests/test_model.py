@@ -244,6 +244,12 @@ def test_greedy_decoding_is_the_argmax_of_the_whole_window():
         tokens.append(token)
 
 
+def test_of_a_prompt_beyond_the_context_the_last_tokens_count():
+    model, prompt = tiny_model(tie_embeddings=False), [(7 * i + 3) % 97 for i in range(80)]
+    whole, end = (list(generate(model, text, 40, temperature=0)) for text in (prompt, prompt[-32:]))
+    assert whole == end
+
+
 def test_a_context_of_one_token_still_generates():
     model = tiny_model(seq_len=1)
     assert len(list(generate(model, [3, 4], 5, temperature=0))) == 5
