@@ -13,6 +13,7 @@ Checkpoints of the seed (dankit/language-model-pretraining: other names, interle
 """
 
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -91,24 +92,35 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load checks no CRC: a flipped bit would load without a word
             if damaged := archive.testzip():
-                raise ValueError(f"checkpoint {path} is damaged: the checksum of {damaged!r} does not match")
+                raise zipfile.BadZipFile(f"the checksum of {damaged!r} does not match")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
-        raise ValueError(f"cannot read checkpoint {path}: {error.strerror}") from error
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise ValueError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:  # torch's own text would advise weights_only=False
+        raise ValueError(
+            f"{path} is refused: it holds more than tensors and plain types, which could run code on loading; "
+            "take a checkpoint from nano416 or from a source that publishes weights only"
+        ) from error
+    except Exception as error:  # a damaged archive makes zipfile and torch raise a dozen kinds
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) {_what_is_it(path)}") from error
-    except ValueError:
-        raise
-    except Exception as error:  # the unpickler's own errors; torch's text would advise weights_only=False
-        raise ValueError(f"{path} is not a safe checkpoint: it wants to run code or is no tensor file") from error
     if isinstance(state, dict) and "model_state_dict" in state:
-        return _from_seed(state, path)
-    if not isinstance(state, dict) or not {"format", "model", "config"} <= state.keys():
+        state = _from_seed(state, path)
+    _check(state, path)
+    return state
+
+
+def _check(state: Any, path: Path) -> None:
+    """Raise ValueError unless `state` holds what every reader of a checkpoint relies on."""
+    wanted = {"format", "step", "tokens", "config", "tokenizer", "model"}
+    if not isinstance(state, dict) or not wanted <= state.keys():
         held = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{path} is not a nano416 checkpoint: it holds {held}")
+        raise ValueError(f"{path} is not a nano416 checkpoint: it holds {held}, which lacks some of {sorted(wanted)}")
     if state["format"] > FORMAT:
         raise ValueError(f"{path} has format {state['format']}, this version reads up to {FORMAT}; update nano416")
-    return state
+    try:
+        from_dict(ModelConfig, state["config"]["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes a model that this version does not know: {error}; update nano416") from error
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, dict[str, Any]]:
@@ -125,7 +137,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Tr
     return model.to(device).eval(), {**state, "path": str(path)}
 
 
-def load_weights(model: Transformer, weights: Mapping[str, Tensor], path: str | Path) -> None:
+def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Copy weights into a model (any wrapping). Raises ValueError that lists what is missing or has another shape."""
     have: dict[str, Any] = dict(weights)
     want: dict[str, Any] = dict(get_model_state_dict(model))
@@ -176,6 +188,8 @@ def save(
 
 def write(path: Path, state: dict[str, Any]) -> None:
     """Write beside the target, flush to the device, rename, flush the rename. Any failure leaves what was there."""
+    for left_over in path.parent.glob(".checkpoint_step_*.tmp"):  # of a process that was killed while writing
+        left_over.unlink()
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
@@ -192,7 +206,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
 def restore(state: dict[str, Any], model: torch.nn.Module, optimizer: Optimizer, path: str | Path) -> None:
     """Put a checkpoint's weights, optimizer state and random state into a run that continues it, on every rank."""
-    load_weights(model, state["model"], path)  # type: ignore[arg-type]
+    load_weights(model, state["model"], path)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
@@ -222,7 +236,7 @@ def _what_is_it(path: Path) -> str:
         return "is a git-lfs pointer, not the file itself; run `git lfs pull`"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "is a web page, not a checkpoint; download it again"
-    return "is not a checkpoint, or a truncated one"
+    return "is damaged, truncated or no checkpoint; copy or download it again, or use an older one"
 
 
 # The seed's checkpoints: {"model_state_dict", "config", "step", "total_tokens", ...}, gpt2 tokenizer.
