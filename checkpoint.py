@@ -120,7 +120,9 @@ def _check(state: Any, path: Path) -> None:
     try:
         from_dict(ModelConfig, state["config"]["model"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} describes a model that this version does not know: {error}; update nano416") from error
+        raise ValueError(
+            f"{path} describes a model that this version does not know: {error}; update nano416"
+        ) from error
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, dict[str, Any]]:
