@@ -298,8 +298,12 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    min_p: float | None = None,
 ) -> Tensor:
-    """Draw one token per row of logits [B, V] -> [B]. temperature 0 is greedy; top_k and top_p narrow the choice."""
+    """Draw one token per row of logits [B, V] -> [B]. temperature 0 is greedy; top_k, top_p and min_p narrow the choice.
+
+    min_p (arXiv:2407.01082) drops what is less likely than min_p x the likeliest token.
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -310,7 +314,15 @@ def sample(
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of everything likelier
         ordered[(before >= top_p) & (before > 0)] = -math.inf  # the likeliest token always stays
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
+    if min_p:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def penalize(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
+    """Make `tokens` [B, T] less likely in logits [B, V]: above 0 divided by `penalty`, below multiplied (arXiv:1909.05858)."""
+    seen = logits.gather(-1, tokens)
+    return logits.scatter(-1, tokens, torch.where(seen > 0, seen / penalty, seen * penalty))
 
 
 def generate(
@@ -321,6 +333,8 @@ def generate(
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
     seed: int | None = None,
     stop_token: int | None = None,
     use_cache: bool = True,
@@ -340,7 +354,9 @@ def generate(
             window = window[-(limit // 2 or 1) :]
             cache, unseen = KVCache(limit) if use_cache else None, window
         logits = next_logits(model, unseen if use_cache else window, cache)
-        token = int(sample(logits, temperature, top_k, top_p, generator))
+        if repetition_penalty is not None:
+            logits = penalize(logits, torch.tensor([window], device=device), repetition_penalty)
+        token = int(sample(logits, temperature, top_k, top_p, generator, min_p))
         if token == stop_token:
             return
         yield token

@@ -54,7 +54,7 @@ class TrainConfig:
     max_tokens: int = 10_000_000_000  # tokens to train on
     max_steps: int | None = None  # optimizer steps; overrides max_tokens
     batch_tokens: int = 655_360  # tokens per optimizer step, over all GPUs and micro-steps
-    batch_size: int = 40  # sequences per GPU and micro-step: as many as fit
+    batch_size: int = 40  # sequences per GPU and micro-step at most: as many as fit in memory
     log_every: int = 10  # steps between log lines, 0 = never
     eval_every: int = 250  # steps between validations, 0 = only at the end
     eval_tokens: int = 5_000_000  # validation tokens to use at most
@@ -97,6 +97,7 @@ class Plan:
 
     steps: int
     batch_sequences: int  # per optimizer step, all ranks
+    batch_size: int  # sequences per rank and micro-step
     micro_steps: int  # per optimizer step, each rank
     params: int
     flops_per_token: int
@@ -104,22 +105,23 @@ class Plan:
 
 def make_plan(cfg: Config, world_size: int) -> Plan:
     """Derive steps and micro-steps. Raises ValueError with the nearest batch that works."""
-    seq_len, batch_tokens, batch_size = cfg.model.seq_len, cfg.train.batch_tokens, cfg.train.batch_size
-    micro_tokens = batch_size * seq_len * world_size
-    if batch_tokens % micro_tokens:
-        nearest = max(1, round(batch_tokens / micro_tokens)) * micro_tokens
+    seq_len, batch_tokens = cfg.model.seq_len, cfg.train.batch_tokens
+    unit = seq_len * world_size
+    share = batch_tokens // unit  # sequences per rank and optimizer step
+    batch_size = max((n for n in range(1, cfg.train.batch_size + 1) if share and share % n == 0), default=0)
+    if batch_tokens % unit or (batch_size <= cfg.train.batch_size // 2 and share > cfg.train.batch_size):
+        step = unit if batch_tokens % unit else unit * cfg.train.batch_size
         raise ValueError(
-            f"batch_tokens ({batch_tokens}) must be a multiple of {micro_tokens} = batch_size ({batch_size}) x seq_len "
-            f"({seq_len}) x processes ({world_size}); try --batch_tokens={nearest}"
+            f"batch_tokens ({batch_tokens}) does not split into micro-steps of about batch_size ({cfg.train.batch_size})"
+            f" x seq_len ({seq_len}) x processes ({world_size}); try --batch_tokens={max(1, round(batch_tokens / step)) * step}"
         )
     steps = cfg.train.max_steps or cfg.train.max_tokens // batch_tokens
     if not steps:
         raise ValueError(f"max_tokens ({cfg.train.max_tokens}) is less than one step of batch_tokens ({batch_tokens})")
     with torch.device("meta"):
         shape = Transformer(cfg.model)
-    return Plan(
-        steps, batch_tokens // seq_len, batch_tokens // micro_tokens, shape.num_params(), shape.flops_per_token()
-    )
+    sequences = batch_tokens // seq_len
+    return Plan(steps, sequences, batch_size, share // batch_size, shape.num_params(), shape.flops_per_token())
 
 
 def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
@@ -130,7 +132,7 @@ def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
     on = f"{dist.world_size} x {device_name(dist.device)}"
     lines = [
         f"model      {plan.params:,} parameters, {plan.flops_per_token / 1e9:.3g} GFLOP per token",
-        f"batch      {cfg.train.batch_tokens:,} tokens = {cfg.train.batch_size} sequences x {cfg.model.seq_len} tokens x "
+        f"batch      {cfg.train.batch_tokens:,} tokens = {plan.batch_size} sequences x {cfg.model.seq_len} tokens x "
         f"{plan.micro_steps} micro-steps x {dist.world_size} processes",
         f"run        {plan.steps:,} steps, {tokens:,} tokens ({tokens / plan.params:.1f} per parameter), {flops:.3g} FLOP",
         f"memory     {16 * plan.params / 1e9:.2f} GB per process for weights, gradients and AdamW, plus activations",
@@ -322,7 +324,7 @@ def open_loader(cfg: Config, plan: Plan, state: dict[str, Any] | None, dist: Dis
     loader = TokenLoader(
         cfg.data.sources,
         seq_len=cfg.model.seq_len,
-        batch_size=cfg.train.batch_size,
+        batch_size=plan.batch_size,
         batch_sequences=plan.batch_sequences,
         rank=dist.rank,
         world_size=dist.world_size,

@@ -1,0 +1,80 @@
+"""The main job from the outside: launch_training.sh in a folder with spaces, then the chat command it prints."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ["--max_steps=4", "--eval_tokens=512", "--log_every=1", "--n_layers=1", "--dim=48", "--n_heads=2"]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory) -> Path:
+    """A checkout in a folder whose name has spaces."""
+    folder = tmp_path_factory.mktemp("a house") / "with two words"
+    folder.mkdir()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("requirements*.txt")]:
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    return folder
+
+
+def launch(house: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """./launch_training.sh from elsewhere, in the virtual environment of the tests."""
+    env = {**os.environ, "VIRTUAL_ENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", **environment}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    command = [str(house / "launch_training.sh"), *arguments]
+    return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=240)
+
+
+def test_from_nothing_to_a_model_that_answers(house):
+    first = launch(house, *SHORT)
+    assert first.returncode == 0, first.stderr
+    rows = [row for row in metrics.read_metrics(house / "runs/sample") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["loss"] < rows[0]["loss"]
+    command = re.search(r"talk to it  (.*)", first.stdout)
+    assert command and command[1].endswith("chat.py runs/sample")
+    lines = "The import statement\n/bench\n/compare\n/quit\n"
+    chat = [sys.executable, "chat.py", "runs/sample", "--max_tokens=8"]
+    answer = subprocess.run(chat, cwd=house, input=lines, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0 and not answer.stderr, answer.stderr
+    assert "tokens/s" in answer.stdout
+
+
+def test_a_second_call_skips_what_is_done_and_more_steps_go_on(house):
+    launch(house, *SHORT)
+    written = (house / "data/sample/meta.json").stat().st_mtime_ns
+    again = launch(house, *SHORT)
+    assert again.returncode == 0 and "step 1/" not in again.stdout and "done: 4 steps" in again.stdout
+    assert (house / "data/sample/meta.json").stat().st_mtime_ns == written
+    more = launch(house, *SHORT, "--max_steps=5")
+    assert "resumed" in more.stdout and "done: 5 steps" in more.stdout, more.stdout + more.stderr
+
+
+def test_two_processes_without_a_gpu(house):
+    done = launch(house, *SHORT, "--run_dir=runs/two", NGPUS="2")
+    assert done.returncode == 0 and "2 processes" in done.stdout, done.stderr
+
+
+def test_the_first_failing_stage_is_named_and_ends_it(house):
+    done = launch(house, "--max_stepz=4")
+    assert done.returncode != 0 and "--max_steps" in done.stderr and "stopped in stage: training" in done.stderr
+    assert not (house / "runs/none").exists()
+
+
+def test_an_old_python_is_refused_before_anything_is_made(house, tmp_path):
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    for name in ("python3.13", "python3.12", "python3.11", "python3", "python"):
+        (fake / name).write_text("#!/bin/sh\nexit 1\n")
+        (fake / name).chmod(0o755)
+    env = {"PATH": f"{fake}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run([str(house / "launch_training.sh")], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "Python >= 3.11" in done.stderr and not (house / ".venv").exists()

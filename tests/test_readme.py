@@ -1,0 +1,47 @@
+"""Every command in README.md exists with the options it shows."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.split("#")[0].strip()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command):
+    words = [word for word in shlex.split(command) if "=" not in word or word.startswith("--")]
+    script = next(word for word in words if word.endswith((".py", ".sh")))
+    assert (ROOT / script).exists()
+    for word in words:
+        if word.endswith((".toml", ".json")) and word.startswith("configs/"):
+            assert (ROOT / word).exists()
+    options = [w.split("=")[0] for w in words[words.index(script) + 1 :] if w.startswith("--")]
+    if options:
+        assert set(options) <= set(re.findall(r"--\w+", help_of(script, words)))
+
+
+def help_of(script: str, words: list[str]) -> str:
+    command = [
+        word for word in words if script == "data_pipeline.py" and word in ("download", "prepare", "verify", "info")
+    ]
+    argv = [sys.executable, ROOT / script, *command, "--help"]
+    return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def test_every_script_of_the_house_is_on_the_map():
+    assert {path.name for path in ROOT.glob("*.py")} <= set(re.findall(r"`(\w+\.py)`", README))
+
+
+def test_it_is_short_enough_to_be_read():
+    assert len(README.splitlines()) <= 250
