@@ -634,6 +634,8 @@ class ShardWriter:
         if not self._fill:
             return
         tokens, self._fill = self._buffer[: self._fill], 0
+        if not self.progress["shards"]:  # before the first shard, which would pass for foreign without it
+            _write_json(self.folder / "progress.json", self.progress)
         number = sum(shard["split"] == self.split for shard in self.progress["shards"])
         name = f"{self.split}_{number:06d}.bin"
         sha256 = write_shard(self.folder / name, tokens)
@@ -642,9 +644,9 @@ class ShardWriter:
         self.progress["position"] = position
         _write_json(self.folder / "progress.json", self.progress)
 
-    def finish(self, **facts: Any) -> None:
-        """The rest as a last short shard, then meta.json."""
-        self.flush(self.position)
+    def finish(self, files: int, **facts: Any) -> None:
+        """The rest as a last short shard, then meta.json; the source had `files` files, so all of them are done."""
+        self.flush((files, 0, 0))
         _finish(self.folder, self.progress, self.tokenizer, **facts)
 
     def discard(self) -> None:
@@ -652,6 +654,7 @@ class ShardWriter:
         for shard in self.progress["shards"]:
             (self.folder / shard["file"]).unlink()
         (self.folder / "progress.json").unlink(missing_ok=True)
+        self.progress["shards"] = []
 
 
 def _finish(folder: Path, progress: Mapping[str, Any], tokenizer: Mapping[str, Any], **facts: Any) -> None:
@@ -687,6 +690,8 @@ def _begun(folder: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:
         shards = [folder / shard["file"] for shard in progress["shards"]]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete {folder} or choose another --out_dir") from error
+    if path.name == "meta.json":
+        (folder / "progress.json").unlink(missing_ok=True)  # killed between the two
     if differences:
         raise ValueError(
             f"{folder} holds another dataset ({'; '.join(differences)[:300]}); choose another --out_dir or delete it"
@@ -1021,6 +1026,7 @@ def _tokenize(writer: ShardWriter, source: Source, encoded: Iterator[tuple[Chunk
             done, taken = min(taken, len(tokens)), max(0, taken - len(tokens))
             cut = done + _val_cut(writer, source, chunk.file, tokens[done:])
             writer.add("val", tokens[done:cut], (chunk.file, chunk.record, done))
+            writer.progress["val_full"] = cut < len(tokens)
             writer.add("train", tokens[cut:], (chunk.file, chunk.record, cut))
             skipped["empty"] += empty
             skipped["faulty"] += len(faults)
@@ -1036,7 +1042,6 @@ def _val_cut(writer: ShardWriter, source: Source, file: int, tokens: np.ndarray)
     missing = source.val_tokens - writer.tokens("val")
     last = np.arange(len(tokens)) if source.one_text else np.flatnonzero(tokens == writer.tokenizer["eot_id"])
     cuts = np.append(0, last + 1)
-    writer.progress["val_full"] = bool(cuts[-1] >= missing)
     return int(cuts[np.searchsorted(cuts, missing)]) if cuts[-1] >= missing else len(tokens)
 
 
@@ -1083,7 +1088,7 @@ def prepare(
                 writer.discard()
                 missing = f"all {have:,} tokens are for validation, lower val_tokens" if have else "it holds no text"
                 raise ValueError(f"source {source!r} leaves nothing to train on: {missing}")
-            writer.finish(source=source, skipped=writer.progress["skipped"])
+            writer.finish(len(found.paths), source=source, skipped=writer.progress["skipped"])
     info(out_dir)
 
 
@@ -1213,10 +1218,11 @@ def sample(
     with _locked(folder):
         writer = ShardWriter(folder, job, tokenizer.info(), 2**24)
         if not writer.done:
+            writer.discard()  # of a killed run; starting over takes no time
             for split, documents in ("val", val), ("train", train):
                 for document in documents:
                     writer.add(split, np.append(tokenizer.encode_array(document), tokenizer.eot_id))
-            writer.finish(source="pydoc_data.topics, the Python language reference")
+            writer.finish(0, source="pydoc_data.topics, the Python language reference")
     info(out_dir)
 
 

@@ -2,16 +2,21 @@
 and workers; what is malformed is one line."""
 
 import bz2
+import contextlib
+import functools
 import gzip
 import hashlib
 import http.server
 import json
 import lzma
 import os
+import random
+import shutil
 import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -335,6 +340,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     files: ClassVar[dict[str, bytes]] = {}
     wrong: ClassVar[dict[str, list[bytes]]] = {}  # answers of a bad network, given first
     asked: ClassVar[list[str]] = []
+    delay_s: ClassVar[float] = 0
 
     def do_HEAD(self) -> None:
         self.do_GET(body=False)
@@ -358,6 +364,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         headers = {"ETag": f'"{sha256_of(data)}"', "X-Repo-Commit": "c0ffee"}
         if body:
             self.asked.append(name)
+            time.sleep(self.delay_s)
             data = self.wrong[name].pop() if self.wrong.get(name) else data
         self.answer(data, body, **headers)
 
@@ -367,7 +374,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            with contextlib.suppress(ConnectionError):  # of a killed client
+                self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -380,7 +388,7 @@ def sha256_of(data: bytes) -> str:
 @pytest.fixture
 def hub():
     """A local server with one val and three train shards; (environment for the command, the handler)."""
-    Hub.files, Hub.wrong, Hub.asked = {}, {}, []
+    Hub.files, Hub.wrong, Hub.asked, Hub.delay_s = {}, {}, [], 0
     for i, name in enumerate(["val_000000", "train_000001", "train_000002", "train_000003"]):
         tokens = np.random.default_rng(i).integers(0, 50257, 40_000).astype("<u2")
         Hub.files[f"edu_{name}.bin"] = struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + tokens.tobytes()
@@ -734,3 +742,94 @@ def test_help_is_fast_and_complete():
     )
     assert " torch" not in loaded.stderr
     assert " datasets" not in loaded.stderr
+
+
+# ---- Nothing is lost when a run is killed
+
+
+class Killed(BaseException):
+    """As good as SIGKILL for a writer of files: nothing after it runs but `finally`."""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("every", [4, 5, 7])
+def test_prepare_killed_at_renames_ends_with_the_same_bytes(source, tmp_path, monkeypatch, when, every):
+    monkeypatch.setattr(data_pipeline, "CHUNK_BYTES", 4000)
+    options = {"tokenizer": "bytes", "shard_tokens": 600, "val_tokens": 2500, "workers": 1}
+    prepare(str(source), str(tmp_path / "whole"), **options)
+    replace, renames = os.replace, 0
+
+    def deadly(old: Path, new: Path) -> None:
+        nonlocal renames
+        renames += 1
+        if when == "after":
+            replace(old, new)
+        if renames % every == 0:
+            raise Killed
+        if when == "before":
+            replace(old, new)
+
+    monkeypatch.setattr(os, "replace", deadly)
+    for _ in range(400):
+        try:
+            prepare(str(source), str(tmp_path / "killed"), **options)
+            break
+        except Killed:
+            if not (tmp_path / "killed" / "meta.json").exists():
+                with pytest.raises(ValueError, match=r"incomplete|no dataset"):
+                    Dataset(tmp_path / "killed")
+    assert renames > 70
+    whole, killed = ({p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in ("whole", "killed"))
+    assert killed == whole
+
+
+def kill_20_times(command: list[str], folder: Path, env: dict[str, str]) -> list[dict[str, str]]:
+    """SIGKILL `command` at random moments of its run until that struck 20 times, each time going on in the same folder.
+    The shards and meta.json of every run that came to its end, the last one undisturbed."""
+    environment, moments, kills, seconds, results = os.environ | env, random.Random(0), 0, 0.0, []
+    started = time.monotonic()
+    run = functools.partial(subprocess.run, [*command, f"--out_dir={folder}"], env=environment, capture_output=True)
+    while True:
+        assert run().returncode == 0
+        results.append(hashes(folder) | {"meta.json": (folder / "meta.json").read_text()})
+        seconds = seconds or time.monotonic() - started
+        if kills >= 20:
+            return results
+        shutil.rmtree(folder)
+        for _ in range(4):
+            process = subprocess.Popen(
+                run.args[0], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            time.sleep(moments.uniform(0.3, 0.9) * seconds)
+            kills += process.poll() is None
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_prepare_survives_20_kills(tmp_path):
+    for part in range(3):
+        texts = [f"{part} {i} " + "some words and more of them " * (i % 97) for i in range(6000)]
+        (tmp_path / f"{part}.jsonl.gz").write_bytes(
+            gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in texts).encode(), 1)
+        )
+    command = [sys.executable, str(ROOT / "data_pipeline.py"), "prepare", f"--source={tmp_path}/*.gz"]
+    command += ["--tokenizer=bytes", "--shard_tokens=150_000", "--workers=2"]
+    results = kill_20_times(command, tmp_path / "d", {})
+    assert all(result == results[0] for result in results)
+
+
+@pytest.mark.slow
+def test_download_survives_20_kills(hub, tmp_path):
+    env, server = hub
+    server.delay_s = 0.1
+    command = [sys.executable, str(ROOT / "data_pipeline.py"), "download", "--repo=me/shards", "--num_shards=40"]
+    for i in range(3, 40):
+        server.files[f"edu_train_{i + 1:06}.bin"] = server.files[f"edu_train_{i % 3 + 1:06}.bin"]
+    results = kill_20_times(command, tmp_path / "d", env)
+    assert all(result == results[0] for result in results)
+    assert list(hashes(tmp_path / "d").values()) == [
+        sha256_of(server.files[name]) for name in sorted(server.files, key=lambda name: ("val" in name, name))
+    ]
+    assert cli("verify", f"--out_dir={tmp_path}/d").returncode == 0
+    assert sorted(path.name for path in (tmp_path / "d").iterdir() if path.suffix != ".bin") == ["meta.json"]
