@@ -155,7 +155,7 @@ def rows_of(items: Iterable[tuple[int, Item]], tokenizer: Tokenizer, seq_len: in
     seq_len, it is cut for each ending by itself, which takes a row each.
     """
     for index, item in items:
-        context = tokenizer.encode(item.context) or [tokenizer.eot_id]
+        context = tokenizer.encode(item.context.rstrip()) or [tokenizer.eot_id]  # a last space belongs to the ending
         endings = [tokenizer.encode(f"{item.context} {ending}")[len(context) :] for ending in item.endings]
         endings = [ending[-seq_len:] for ending in endings]
         if len(context) + max(map(len, endings)) - 1 <= seq_len:
@@ -292,8 +292,8 @@ def main(args: Any) -> None:
         raise ValueError("--checkpoint is missing; give a run directory, a checkpoint file or a Hub id")
     if args.num_examples is not None and args.num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, got {args.num_examples}")
-    if args.output and not os.access(Path(args.output).parent, os.W_OK):
-        raise ValueError(f"cannot write {args.output}: {Path(args.output).parent} is no writable folder")
+    if args.output and (Path(args.output).is_dir() or not os.access(Path(args.output).parent, os.W_OK)):
+        raise ValueError(f"cannot write {args.output}: it is a folder, or {Path(args.output).parent} is not writable")
     path = checkpoint.find(args.checkpoint)
     dist = distributed.init()
     device = torch.device(args.device) if args.device else dist.device
