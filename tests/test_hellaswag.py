@@ -1,0 +1,322 @@
+"""eval_hellaswag.py: text, tokens and scores of lm-evaluation-harness, item by item; one row per question."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, shared, tiny_model
+
+import checkpoint
+import eval_hellaswag
+from data_pipeline import Tokenizer, load_tokenizer
+from eval_hellaswag import Item, batches_of, clean, evaluate, load_items, result, rows_of
+from model import Transformer
+from optimizers import OptimConfig, build_optimizer
+
+BYTES = load_tokenizer("bytes")
+ITEMS = [
+    Item("Baking: A man stirs a bowl. he", ["adds two eggs.", "leaves.", "flies to the moon, then back.", "x"], 0),
+    Item("Running: She runs", ["home.", "a very long way through the forest and over the hills.", "off.", "in."], 1),
+    Item("Tea: Pour water. Then wait. Then", ["drink.", "sip.", "throw the cup at the wall.", "sleep."], 3),
+    Item("Sport: ", ["one.", "two.", "three.", "four."], 2),  # a context that ends in a space
+]
+
+
+def byte_model(**changes) -> Transformer:
+    return tiny_model(vocab_size=257, seq_len=96, **changes)
+
+
+def one_by_one(model: Transformer, tokenizer: Tokenizer, item: Item) -> list[float]:
+    """Log-likelihood of each ending by one plain forward pass per ending, the context cut from the left to fit."""
+    sums = []
+    for ending in item.endings:
+        whole = tokenizer.encode(f"{item.context} {ending}")
+        n_ending = len(whole) - len(tokenizer.encode(item.context.rstrip()))
+        whole = whole[-(model.config.seq_len + 1) :]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([whole[:-1]]))[0].log_softmax(-1)
+        at = range(len(whole) - 1 - n_ending, len(whole) - 1)
+        sums.append(sum(logprobs[i, whole[i + 1]].item() for i in at))
+    return sums
+
+
+# ---- Text ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("  a b \n", "a b"),
+        ("Cook [title] Boil water", "Cook. Boil water"),
+        ("[title] Boil", " Boil"),  # no space before: an artifact like the others
+        ("a [step] b [substeps] c", "a b c"),
+        ("a [x] [y] b", "a  b"),  # double spaces become one, once
+        ("a    b", "a  b"),
+        ("a [not closed", "a [not closed"),
+        ("end [step]", "end "),  # stripped before, not after
+    ],
+)
+def test_text_is_cleaned_by_the_rules_of_lm_eval(text, cleaned):
+    assert clean(text) == cleaned
+
+
+def write_lines(path: Path, *records) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+RECORD = {
+    "activity_label": "Washing",
+    "ctx_a": "A man [step] washes.",
+    "ctx_b": "the MAN",
+    "endings": ["a.", "b [x].", " c.", "d. [title] e."],
+    "label": "2",
+}
+
+
+def test_an_item_is_worded_as_lm_eval_does(tmp_path):
+    (item,) = load_items(write_lines(tmp_path / "x.jsonl", RECORD))
+    assert item == Item("Washing: A man washes. The man", ["a.", "b .", "c.", "d.. e."], 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ('{"ctx_a": ', "no HellaSwag item"),
+        ("[1]", "no HellaSwag item"),
+        ({**RECORD, "label": ""}, "no HellaSwag item"),
+        ({k: v for k, v in RECORD.items() if k != "endings"}, "endings"),
+        ({**RECORD, "ctx_b": None}, "no HellaSwag item"),
+        ({**RECORD, "label": 4}, "a label of 0..3, has 4 and 4"),
+        ({**RECORD, "endings": ["a", "b", "c"]}, "needs 4 endings"),
+        ({**RECORD, "endings": ["a", "b", "c", "[x]"]}, "needs 4 endings"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(line, hint, tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", RECORD, RECORD, line)
+    with pytest.raises(ValueError, match=r"x\.jsonl:3 .*" + hint):
+        load_items(path)
+    assert len(load_items(path, limit=2)) == 2
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.write_text(""), lambda p: p.write_bytes(b"\xff\xfe")])
+def test_an_absent_empty_or_binary_file_is_named(make, tmp_path):
+    make(tmp_path / "x.jsonl")
+    with pytest.raises(ValueError, match=r"x\.jsonl"):
+        load_items(tmp_path / "x.jsonl")
+
+
+# ---- Scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seq_len", [96, 64, 56])
+@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 2, "qk_norm": True, "tie_embeddings": False}])
+def test_shared_contexts_score_as_one_forward_pass_per_ending(shape, seq_len, monkeypatch):
+    model = tiny_model(vocab_size=257, seq_len=seq_len, **shape)
+    for batch_tokens in (1, 150, 10_000):
+        monkeypatch.setitem(eval_hellaswag.BATCH_TOKENS, "cpu", batch_tokens)
+        scores = evaluate(model, BYTES, ITEMS)
+        for item, record in zip(ITEMS, scores["items"]):
+            assert record["logprob_sums"] == pytest.approx(one_by_one(model, BYTES, item), abs=1e-4)
+
+
+def test_the_context_is_cut_from_the_left_and_the_ending_never():
+    (item, n_ending) = ITEMS[1], len(ITEMS[1].endings[1]) + 1
+    (row,) = [row for row in rows_of([(0, item)], BYTES, seq_len=n_ending + 4) if row.first == 1]
+    assert BYTES.decode(row.endings[0]) == " " + item.endings[1]
+    assert BYTES.decode(row.context) == item.context[-5:]  # the last token is only predicted: seq_len + 1 in all
+    assert row.length == n_ending + 4
+
+
+def test_rows_are_as_many_as_items_while_everything_fits():
+    assert len(list(rows_of(enumerate(ITEMS), BYTES, seq_len=200))) == len(ITEMS)
+
+
+def test_batches_hold_every_row_once_within_the_budget():
+    rows = list(rows_of(enumerate(ITEMS * 5), BYTES, seq_len=96))
+    batches = list(batches_of(rows, 300))
+    assert sorted(map(id, (row for batch in batches for row in batch))) == sorted(map(id, rows))
+    assert all(len(b) == 1 or len(b) * max(row.length for row in b) <= 300 for b in batches)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_leaves_the_mode_of_the_model(training):
+    model = byte_model().train(training)
+    evaluate(model, BYTES, ITEMS)
+    assert model.training is training
+
+
+def test_accuracies_of_these_numbers():
+    items = [Item("", ["aa", "bbbb", "c", "d"], 1), Item("", ["aa", "bbbb", "c", "d"], 2), Item("", ["a"] * 4, 0)]
+    sums = {0: [-3.0, -4.0, -9.0, -9.0], 1: [-3.0, -4.0, -1.0, -9.0], 2: [-1.0, -1.0, -1.0, -1.0]}
+    n_tokens = {0: [1, 1, 1, 1], 1: [3, 4, 1, 10], 2: [1, 1, 1, 1]}
+    scores = result(items, sums, n_tokens)
+    # acc: 0 is wrong (-3 beats -4), 1 right, 2 a tie that the first wins, as numpy's argmax.
+    # acc_norm: 0 right (-4/4 beats -3/2), 1: -1.5 -1 -1 -9 is a tie won by ending 1, wrong.
+    # token mean: 0 wrong, 1: -1 -1 -1 -0.9, wrong.
+    assert [scores[key] for key in ("acc", "acc_norm", "acc_token_mean")] == pytest.approx([2 / 3, 2 / 3, 1 / 3])
+    assert scores["acc_stderr"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))
+    assert scores["items"][0] == {"index": 0, "label": 1, "logprob_sums": sums[0], "logprob_norms": [-1.5, -1, -9, -9]}
+    assert scores["num_examples"] == 3
+
+
+def test_one_item_has_no_standard_error():
+    assert result(ITEMS[:1], {0: [-1.0] * 4}, {0: [1] * 4})["acc_stderr"] == 0
+
+
+def test_broken_weights_are_refused_instead_of_scoring_a_quarter():
+    model = byte_model()
+    torch.nn.init.constant_(model.norm.weight, math.nan)
+    with pytest.raises(ValueError, match=r"item 0: .* not finite"):
+        evaluate(model, BYTES, ITEMS)
+
+
+# ---- Real items, real tokens -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken_cache")))
+    return load_tokenizer("gpt2")
+
+
+def gpt2_model(seq_len: int) -> Transformer:
+    return tiny_model(vocab_size=50257, dim=16, n_heads=2, ffn_dim=24, seq_len=seq_len, scale=20.0)
+
+
+@pytest.mark.parametrize("seq_len", [128, 64])
+def test_real_items_score_as_one_forward_pass_per_ending(seq_len, gpt2):
+    items = load_items(shared("data/hellaswag_val_2000.jsonl"), limit=20)
+    model = gpt2_model(seq_len)
+    for item, record in zip(items, evaluate(model, gpt2, items)["items"]):
+        assert record["logprob_sums"] == pytest.approx(one_by_one(model, gpt2, item), abs=1e-3, rel=1e-5)
+
+
+def test_all_real_items_are_read():
+    items = load_items(shared("data/hellaswag_val_2000.jsonl"))
+    assert len(items) == 2000 and all("[" not in item.context for item in items)
+    assert items[0].context == "Roof shingle removal: A man is sitting on a roof. he"
+
+
+def hugging_face(model: Transformer):
+    """The same network as a LlamaForCausalLM."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c: Any = model.config
+    config = LlamaConfig(
+        hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, intermediate_size=c.ffn_dim,
+        num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size, max_position_embeddings=c.seq_len,
+        rms_norm_eps=1e-6, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+    )  # fmt: skip
+    theirs = LlamaForCausalLM(config).eval()
+    weights = {f"model.{k}": v[: c.vocab_size] if "embed" in k else v for k, v in model.state_dict().items()}
+    theirs.load_state_dict(weights, strict=False)
+    theirs.tie_weights()
+    return theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seq_len", [128, 60])  # 60: a quarter of the contexts must be cut
+def test_every_item_scores_as_in_lm_eval(seq_len, gpt2, tmp_path):
+    pytest.importorskip("lm_eval")
+    import lm_eval.api.task
+    import lm_eval.evaluator
+    import lm_eval.models.huggingface
+    from lm_eval.tasks.hellaswag.utils import process_docs
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def cached(url: str) -> str:  # tiktoken names its files by the hash of their address
+        name = hashlib.sha1(f"https://openaipublic.blob.core.windows.net/gpt-2/{url}".encode()).hexdigest()
+        return str(shared(f"tiktoken_cache/{name}"))
+
+    bpe = models.BPE.from_file(cached("encodings/main/encoder.json"), cached("encodings/main/vocab.bpe"))
+    tokens: Any = HuggingFaceTokenizer(bpe)
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|endoftext|>")
+
+    trailing = {**RECORD, "ctx_b": "wipes it [step]"}  # worded as a context that ends in a space
+    lines = shared("data/hellaswag_val_2000.jsonl").read_text().splitlines()[:49]
+    records = [json.loads(line) for line in lines]
+    keys = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
+    path = write_lines(tmp_path / "x.jsonl", *({k: r[k] for k in keys} | {"label": str(r["label"])} for r in [*records, trailing]))  # fmt: skip
+    model = gpt2_model(seq_len)
+    ours = evaluate(model, gpt2, load_items(path))
+
+    harness: Any = lm_eval  # its annotations do not fit its own examples
+    task = harness.api.task.ConfigurableTask(
+        config={
+            "task": "hellaswag", "dataset_path": "json", "output_type": "multiple_choice", "doc_to_text": "{{query}}",
+            "dataset_kwargs": {"data_files": {"validation": str(path)}, "cache_dir": str(tmp_path / "cache")},
+            "validation_split": "validation", "process_docs": process_docs, "doc_to_target": "{{label}}",
+            "doc_to_choice": "choices", "metadata": {"version": 1.0},
+            "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+        }
+    )  # fmt: skip
+    network = hugging_face(model)
+    lm = harness.models.huggingface.HFLM(
+        pretrained=network, tokenizer=tokenizer, max_length=seq_len, batch_size=8, device="cpu"
+    )
+    theirs = harness.evaluator.evaluate(lm, {"hellaswag": task}, bootstrap_iters=0, log_samples=True)
+    samples = sorted(theirs["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
+    assert len(samples) == len(ours["items"]) == 50
+    for sample, record in zip(samples, ours["items"]):
+        sums = [float(answer[0]) for answer in sample["filtered_resps"]]
+        assert record["logprob_sums"] == pytest.approx(sums, abs=1e-3), sample["doc_id"]
+    for metric in ("acc", "acc_norm"):
+        assert ours[metric] == pytest.approx(theirs["results"]["hellaswag"][f"{metric},none"])
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with three items and a run, as the current one."""
+    model = byte_model()
+    (tmp_path / "run").mkdir()
+    checkpoint.save(
+        tmp_path / "run", step=7, tokens=0, model=model, optimizer=build_optimizer(model, OptimConfig()), loader={},
+        config={"model": dataclasses.asdict(model.config)}, tokenizer=BYTES.info(), metrics={},
+    )  # fmt: skip
+    write_lines(tmp_path / "x.jsonl", RECORD, RECORD, RECORD)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_command_prints_a_table_and_writes_every_item(folder):
+    script = [sys.executable, str(ROOT / "eval_hellaswag.py"), "--checkpoint", "run", "--data=x.jsonl"]
+    done = subprocess.run([*script, "--num_examples=2", "--output=s.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("step 7", "this checkpoint", "±", "chance", "25.00", "GPT-2 124M", "28.92", "31.14", "items/s"):
+        assert word in done.stdout, done.stdout
+    scores = json.loads((folder / "s.json").read_text())
+    assert {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"} <= scores.keys() and len(scores["items"]) == 2
+    assert scores["items"][1].keys() == {"index", "label", "logprob_sums", "logprob_norms"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["--num_examples=0"], "num_examples must be at least 1, got 0"),
+        (["--data=absent.jsonl"], "cannot read absent.jsonl"),
+        (["--output=no/such/folder/s.json"], "cannot write no/such/folder/s.json"),
+        (["--output=run"], "cannot write run"),
+        (["--checkpoint=absent"], "no checkpoint at absent"),
+    ],
+)
+def test_a_mistake_is_found_before_the_work(argv, hint, folder, monkeypatch):
+    monkeypatch.setattr(eval_hellaswag, "evaluate", lambda *_, **__: pytest.fail("it was scored first"))
+    before = sorted(os.listdir(folder))
+    with pytest.raises(ValueError, match=hint):
+        eval_hellaswag.main(eval_hellaswag.parse(["--checkpoint=run", "--data=x.jsonl", *argv]))
+    assert sorted(os.listdir(folder)) == before
