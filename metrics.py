@@ -25,6 +25,7 @@ from config import ArgumentParser, run
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "GH200": 989e12,
     "B200": 2250e12,
@@ -32,6 +33,7 @@ PEAK_FLOPS = {
     "A6000": 155e12,
     "A10G": 70e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
@@ -134,8 +136,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = path / "metrics.jsonl" if path.is_dir() else path
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; give a run directory or its metrics.jsonl") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ValueError(f"cannot read {path}: {reason}; give a run directory or its metrics.jsonl") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -295,8 +298,8 @@ def main() -> None:
     out = Path(args.output or (folder / "final_metrics.png" if len(runs) == 1 else "runs.png"))
     try:
         plot(runs, out)
-    except OSError as error:
-        raise ValueError(f"cannot write {out}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # no such folder, no such kind of picture
+        raise ValueError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     print(out)
 
 
