@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_model
 
-from model import IGNORED, KVCache, ModelConfig, Transformer, generate, sample
+from model import IGNORED, KVCache, ModelConfig, Transformer, generate, penalize, sample
 
 
 def on_meta(**shape) -> Transformer:
@@ -299,6 +299,10 @@ def drawn(**options) -> torch.Tensor:
         ({"top_p": 1.0}, {0, 1, 2, 3, 4}),
         ({"top_k": 3, "top_p": 0.8}, {2, 3}),  # of the three, renormalised: 0.47 + 0.35 > 0.8
         ({"top_k": 2, "top_p": 0.99}, {2, 3}),
+        ({"min_p": 0.5}, {2, 3}),  # half of 0.4 or more
+        ({"min_p": 0.3}, {2, 3, 0}),
+        ({"min_p": 0.0}, {0, 1, 2, 3, 4}),
+        ({"min_p": 1.0}, {2}),
     ],
 )
 def test_sampling_draws_from_exactly_these_tokens(options, support):
@@ -318,3 +322,12 @@ def test_sampling_takes_each_row_by_itself():
         logits[row, best] = 9.0
     for k, p in itertools.product((None, 1, 3), (None, 0.5)):
         assert sample(logits, 0.7, k, p).tolist() == [4, 0, 2]
+
+
+def test_a_penalty_makes_what_was_said_less_likely_and_nothing_else():
+    logits = torch.tensor([[2.0, -2.0, 4.0, -4.0]])
+    assert penalize(logits, torch.tensor([[0, 1, 0]]), 2.0).tolist() == [[1.0, -4.0, 4.0, -4.0]]
+    model = tiny_model()
+    plain, varied = (list(generate(model, [5], 40, temperature=0, repetition_penalty=p)) for p in (1.0, 1e6))
+    assert plain == list(generate(model, [5], 40, temperature=0))
+    assert len(set(varied[:30])) > len(set(plain[:30]))
