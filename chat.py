@@ -3,16 +3,20 @@
     python chat.py checkpoints                              # a run directory, a checkpoint file or a Hub id
     python chat.py runs/a runs/b                            # a second one, for /compare side by side
     printf 'The sky is\\n/bench\\n' | python chat.py runs/a   # prompts and commands from a pipe
+    python chat.py runs/a --prompt="The sky is" --json      # one answer, with its tokens and settings
 
-Each line is a prompt of its own: these are base models, which know no questions, answers or turns. /help lists the
-commands. Ctrl-C stops an answer, Ctrl-D leaves. Typed lines are kept in ~/.local/state/nano416/chat_history.
+Each prompt stands alone: these are base models, which know no questions, answers or turns. /help lists the commands.
+Ctrl-C stops an answer, Ctrl-D leaves. A prompt of several lines has a backslash at the end of each but the last, or
+\""" before and after it. What you type is kept in ~/.local/state/nano416/chat_history.
 """
 
 import codecs
 import contextlib
+import dataclasses
 import difflib
 import inspect
 import io
+import json
 import os
 import random
 import re
@@ -21,8 +25,8 @@ import statistics
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,21 +41,26 @@ class Options:
     max_tokens: int = 200  # length of an answer at most
     temperature: float = 0.8  # 0 = always the likeliest token, 1 = as the model says
     top_k: int | None = 50  # choose among so many of the likeliest tokens; none = all
-    top_p: float | None = None  # choose among the likeliest tokens that hold this probability together; none = all
-    seed: int | None = None  # the same seed gives the same answers; none = new ones each time
+    top_p: float | None = None  # choose among the likeliest tokens that together hold this probability; none = all
+    min_p: float | None = None  # drop tokens less likely than this times the likeliest one; none = drop none
+    repetition_penalty: float | None = None  # above 1: tokens already in the text become less likely; none = 1
+    seed: int | None = None  # the same seed gives the same answer to a prompt; none = a new one each time
     device: str | None = None  # cpu or cuda; none = cuda if there is one
     dtype: Literal["fp32", "bf16"] | None = None  # precision of the weights; none = bf16 on a GPU, else fp32
 
     def __post_init__(self) -> None:
-        for name, valid, limits in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or none"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1, or none"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1, or none"),
+        for name, holds, limits in (
+            ("max_tokens", lambda x: x >= 1, "at least 1"),
+            ("temperature", lambda x: x >= 0, "at least 0"),
+            ("top_k", lambda x: x >= 1, "at least 1, or none"),
+            ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1, or none"),
+            ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1, or none"),
+            ("repetition_penalty", lambda x: x > 0, "above 0, or none"),
+            ("seed", lambda x: 0 <= x < 2**63, "from 0 to 2**63 - 1, or none"),
         ):
-            if not valid:
-                raise ValueError(f"{name} must be {limits}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must be {limits}, got {value}")
 
 
 def parse(argv: list[str] | None = None) -> Any:
@@ -59,13 +68,17 @@ def parse(argv: list[str] | None = None) -> Any:
     parser = config.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file, run directory or Hub id")
     parser.add_argument("checkpoint2", metavar="CHECKPOINT2", nargs="?", help="another one, for /compare")
+    once = parser.add_mutually_exclusive_group()
+    once.add_argument("--prompt", metavar="TEXT", help="continue this text and leave")
+    once.add_argument("--prompt_file", metavar="FILE", help="continue this file's text (- = stdin) and leave")
+    parser.add_argument("--json", action="store_true", help="answers as JSON objects, one a line")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Options), re.MULTILINE))
-    for f in fields(Options):
+    for f in dataclasses.fields(Options):
         text = f"{comments[f.name]} [{'none' if f.default is None else f.default}]"
         parser.add_argument(f"--{f.name}", default=f.default, metavar="X", help=text)
     args = parser.parse_args(argv)
     try:
-        args.options = config.from_dict(Options, {f.name: getattr(args, f.name) for f in fields(Options)})
+        args.options = config.from_dict(Options, {f.name: getattr(args, f.name) for f in dataclasses.fields(Options)})
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -80,28 +93,33 @@ import checkpoint
 from data_pipeline import Tokenizer, load_tokenizer
 from model import Transformer, generate
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # options that `generate` takes as they are
 PROMPT = "The meaning of life is"  # of /bench and /compare
 BENCH_RUNS, BENCH_TOKENS = 3, 128
 COMPARE_TOKENS = 64  # without cache each token costs a pass over all the text before it
+FINISH = {"stop": "the model ended its text", "length": "max_tokens reached", "interrupted": "stopped"}
 # Obeyed by terminals: C0 but \n and \t, DEL, C1, line separators, direction marks and overrides, tags.
 CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\U000e0000-\U000e007f\ud800-\udfff]"
 )
+HEAT = ((0.8, 84), (0.5, 157), (0.2, 228), (0.05, 215), (0, 203))  # probability from which on: terminal colour
 
 
 class Voice(NamedTuple):
     """One checkpoint, ready to speak."""
 
     name: str
+    step: int
     model: Transformer
     tokenizer: Tokenizer
-    step: int
 
     def __str__(self) -> str:
-        weight = self.model.embed_tokens.weight
-        size = f"{self.model.num_params() / 1e6:.1f}M parameters, {self.tokenizer.name} tokenizer"
-        context = f"context of {self.model.config.seq_len} tokens"
-        return visible(f"{self.name}: step {self.step:,}, {size}, {context}, {_short(weight.dtype)} on {weight.device}")
+        weight, size = self.model.embed_tokens.weight, self.model.num_params() / 1e6
+        dtype = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
+        return visible(
+            f"{self.name}: step {self.step:,}, {size:.1f}M parameters, {self.tokenizer.name} tokenizer, "
+            f"context of {self.model.config.seq_len} tokens, {dtype} on {weight.device}"
+        )
 
 
 @dataclass
@@ -112,33 +130,43 @@ class Turn:
     seed: int
     tokens: list[int] = field(default_factory=list)
     text: str = ""
-    finish: str = "interrupted"  # or "stop": the model ended the text; "length": max_tokens are reached
+    finish: str = "interrupted"
 
 
 class Session:
     """The voices, the options, and the turns so far."""
 
-    def __init__(self, paths: list[str], options: Options):
-        self.paths, self.options = paths, options
-        self.interactive = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    def __init__(self, paths: list[str], options: Options, interactive: bool = False, as_json: bool = False):
+        self.paths, self.options, self.interactive, self.as_json = paths, options, interactive, as_json
         self.voices = [load(path, options) for path in paths]
         self.turns: list[Turn] = []
 
-    def ask(self, prompt: str) -> None:
+    def ask(self, prompt: str, seed: int | None = None) -> None:
         """Print the answer as it comes."""
-        seed = random.randrange(2**31) if self.options.seed is None else self.options.seed
         started = time.monotonic()
-        turn = answer(self.voices[0], prompt, self.options, seed, lambda text: print(visible(text), end="", flush=True))
-        seconds = time.monotonic() - started
-        print(flush=True)
+        show = ignore if self.as_json else write
+        turn = answer(self.voices[0], prompt, self.options, self.seed() if seed is None else seed, show)
+        per_s = len(turn.tokens) / (time.monotonic() - started)
         self.turns.append(turn)
+        if self.as_json:
+            facts = {"checkpoint": self.voices[0].name, "step": self.voices[0].step, "options": asdict(self.options)}
+            print(json.dumps({**asdict(turn), "tokens_per_s": round(per_s, 1), **facts}), flush=True)
+        else:
+            print(flush=True)
         if self.interactive:
-            print(f"({len(turn.tokens)} tokens, {len(turn.tokens) / seconds:.1f}/s, {FINISH[turn.finish]})")
+            print(f"({len(turn.tokens)} tokens, {per_s:.1f}/s, {FINISH[turn.finish]})")
         elif turn.finish == "interrupted":
             raise KeyboardInterrupt
 
+    def seed(self) -> int:
+        """That of the next answer: any, unless one is set."""
+        return random.randrange(2**31) if self.options.seed is None else self.options.seed
 
-FINISH = {"stop": "the model ended its text", "length": "max_tokens reached", "interrupted": "stopped"}
+    def last(self) -> Turn:
+        """The last prompt and its answer. Raises ValueError."""
+        if not self.turns:
+            raise ValueError("there is no answer yet")
+        return self.turns[-1]
 
 
 def load(path: str, options: Options) -> Voice:
@@ -146,21 +174,15 @@ def load(path: str, options: Options) -> Voice:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not usable: {str(error).splitlines()[0]}") from error
     model, meta = checkpoint.load_model(path, device)
     tokenizer = load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256"))
     if not model.config.causal:
         raise ValueError(f"{path} sees the text on both sides (causal = false); chat.py needs a model that continues")
-    if (model.config.vocab_size or 0) < tokenizer.vocab_size:
-        raise ValueError(f"{path} has {model.config.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
     if (options.dtype or ("fp32" if device == "cpu" else "bf16")) == "bf16":
         model.to(torch.bfloat16)
-    return Voice(meta["path"], model, tokenizer, meta["step"])
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    return Voice(meta["path"], meta["step"], model, tokenizer)
 
 
 # ---- Text in, text out -----------------------------------------------------------------------------------------------
@@ -171,51 +193,62 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}" if match[0] < "\x80" else ascii(match[0])[1:-1], text)
 
 
-def note(text: str) -> None:
-    """A remark beside the answers, on stderr."""
-    print(f"({visible(text)})", file=sys.stderr, flush=True)
+def write(text: str) -> None:
+    """A piece of an answer, at once."""
+    print(visible(text), end="", flush=True)
+
+
+def ignore(text: str) -> None:
+    """For an answer that is shown when it is whole."""
+
+
+def remark(text: str) -> None:
+    """One line beside the answers, on stderr."""
+    print(visible(" ".join(text.split())), file=sys.stderr, flush=True)
 
 
 def encode(voice: Voice, text: str) -> list[int]:
     """The tokens of `text`, cut from the left to the model's context."""
     tokens, limit = voice.tokenizer.encode(text), voice.model.config.seq_len
     if len(tokens) > limit:
-        note(f"the prompt has {len(tokens)} tokens, the context {limit}: the first {len(tokens) - limit} are cut off")
+        remark(f"(prompt of {len(tokens)} tokens, context of {limit}: the first {len(tokens) - limit} are cut off)")
     return tokens[-limit:]
 
 
-def token_bytes(voice: Voice, token: int) -> bytes:
-    """What a token stands for; some vocabularies leave ids unused."""
-    try:
-        return voice.tokenizer.decode_bytes([token])
-    except KeyError:
-        return f"<token {token}>".encode()
+def pieces(voice: Voice, tokens: Iterator[int]) -> Iterator[tuple[int, str]]:
+    """Each token with the characters that it completes; -1 stands for the end, with what is left of a broken one."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        try:
+            yield token, decoder.decode(voice.tokenizer.decode_bytes([token]))
+        except KeyError:  # some vocabularies leave ids unused
+            yield token, f"<token {token}>"
+    yield -1, decoder.decode(b"", final=True)
 
 
 def answer(voice: Voice, prompt: str, options: Options, seed: int, show: Callable[[str], None]) -> Turn:
     """Continue `prompt`, handing text to `show` as soon as its characters are whole. Ctrl-C ends it early."""
-    turn = Turn(prompt, seed)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    if not prompt:
+        raise ValueError("the prompt is empty; the model needs a text to continue")
+    turn, tokens = Turn(prompt, seed), encode(voice, prompt)
+    sampling = {name: getattr(options, name) for name in SAMPLING}
+    stream = generate(voice.model, tokens, options.max_tokens, **sampling, seed=seed, stop_token=voice.tokenizer.eot_id)
     with contextlib.suppress(KeyboardInterrupt):
-        for token in generate(
-            voice.model,
-            encode(voice, prompt),
-            options.max_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=seed,
-            stop_token=voice.tokenizer.eot_id,
-        ):
-            turn.tokens.append(token)
-            text = decoder.decode(token_bytes(voice, token))
+        for token, text in pieces(voice, stream):
+            turn.tokens += [token] if token >= 0 else []
             turn.text += text
             show(text)
         turn.finish = "length" if len(turn.tokens) == options.max_tokens else "stop"
-    tail = decoder.decode(b"", final=True)
-    turn.text += tail
-    show(tail)
     return turn
+
+
+@torch.inference_mode()
+def probabilities(voice: Voice, prompt: list[int], tokens: list[int]) -> list[float]:
+    """How likely each of `tokens` is after all before it, at temperature 1; the last ones if not all fit the context."""
+    text = torch.tensor([prompt + tokens], device=voice.model.embed_tokens.weight.device)
+    text = text[:, -voice.model.config.seq_len - 1 :]
+    chances = voice.model(text[:, :-1]).float().softmax(-1).gather(-1, text[:, 1:, None])  # [1, T, 1]
+    return chances.flatten()[-len(tokens) :].tolist()
 
 
 def timed(voice: Voice, prompt: list[int], n_tokens: int, use_cache: bool = True) -> tuple[list[int], float, float]:
@@ -231,95 +264,151 @@ def timed(voice: Voice, prompt: list[int], n_tokens: int, use_cache: bool = True
 def columns(texts: list[str], width: int) -> str:
     """Texts beside each other, wrapped, in `width` characters."""
     each = max(10, (width - 3 * (len(texts) - 1)) // len(texts))
-    wrapped = [
-        [row for line in text.expandtabs().split("\n") for row in textwrap.wrap(line, each) or [""]] for text in texts
-    ]
+    wrapped = [[row for line in text.split("\n") for row in textwrap.wrap(line, each) or [""]] for text in texts]
     rows = zip_longest(*wrapped, fillvalue="")
     return "\n".join(" | ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)
 
 
-# ---- Commands: the first line of each docstring is its line in /help -------------------------------------------------
+@contextlib.contextmanager
+def opening(path: str) -> Iterator[Path]:
+    """The file that a user names; what goes wrong with it is a ValueError that names it too."""
+    if not path:
+        raise ValueError("which file? give its name")
+    try:
+        yield Path(path)
+    except OSError as error:
+        raise ValueError(f"cannot open {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text") from error
+
+
+# ---- Commands: a docstring is the command's line in /help ------------------------------------------------------------
 
 
 def show_help(session: Session, argument: str) -> None:
     """/help: this list"""
-    print("\n".join(str(command.__doc__).split("\n")[0].replace(": ", "\n    ", 1) for command in COMMANDS.values()))
+    rows = [str(command.__doc__).split(": ", 1) for command in COMMANDS.values()]
+    print("\n".join(f"{usage:18} {text}" for usage, text in rows))
     print("Anything else is text to continue; begin it with a space if it starts with a slash.")
 
 
 def set_option(session: Session, argument: str) -> None:
-    """/set [NAME VALUE]: change an option, as in /set temperature 0.7; alone: show them all"""
+    """/set NAME VALUE: change an option, as in /set temperature 0.7; without a value, show it, or all"""
     name, _, value = argument.replace("=", " ", 1).partition(" ")
-    values = config.to_dict(session.options)
-    if not name:
-        print("\n".join(f"{key} {'none' if value is None else value}" for key, value in values.items()))
+    name, values = name.strip("-").replace("-", "_"), asdict(session.options)  # --top-k as on the command line
+    if name and name not in values:
+        raise unknown("option", name, values, "/set lists them")
+    if not value:
+        shown = [name] if name else values
+        print("\n".join(f"{key} {'none' if values[key] is None else values[key]}" for key in shown))
         return
-    options = config.from_dict(Options, {**values, name.replace("-", "_"): value.strip()})
+    options = config.from_dict(Options, {**values, name: value.strip()})
     if (options.device, options.dtype) != (session.options.device, session.options.dtype):
         session.voices = [load(path, options) for path in session.paths]
     session.options = options
 
 
+def retry(session: Session, argument: str) -> None:
+    """/retry: another answer to the last prompt, with the next seed"""
+    session.ask(session.last().prompt, (session.last().seed + 1) % 2**63)
+
+
+def show_probabilities(session: Session, argument: str) -> None:
+    """/probs: how likely the model found each token of its last answer, as colours on a terminal"""
+    voice, turn = session.voices[0], session.last()
+    if not turn.tokens:
+        raise ValueError("the last answer is empty")
+    chances = probabilities(voice, voice.tokenizer.encode(turn.prompt), turn.tokens)
+    if len(chances) < len(turn.tokens):
+        remark(f"(the first {len(turn.tokens) - len(chances)} tokens lie beyond the context)")
+    tokens = turn.tokens[-len(chances) :]
+    if not session.interactive or "NO_COLOR" in os.environ:
+        print("\n".join(f"{p:.4f} {voice.tokenizer.decode([token])!r}" for p, token in zip(chances, tokens)))
+        return
+    print("".join(_heat(text, p) for (_, text), p in zip(pieces(voice, iter(tokens)), [*chances, 0.0])))
+    print("probability at least " + " ".join(_heat(f" {p} ", p) for p, _ in HEAT))
+
+
+def _heat(text: str, chance: float) -> str:
+    colour = f"\x1b[30;48;5;{next(code for least, code in HEAT if chance >= least)}m"
+    return colour + visible(text).replace("\n", f"\x1b[0m\n{colour}") + "\x1b[0m"
+
+
 def bench(session: Session, argument: str) -> None:
     """/bench [PROMPT]: measure the speed, prefill (reading the prompt) and decode (writing) apart"""
     for voice in session.voices:
-        prompt = encode(voice, argument or PROMPT)
-        n_tokens = max(2, min(session.options.max_tokens, BENCH_TOKENS))
+        prompt, n_tokens = encode(voice, argument or PROMPT), max(2, min(session.options.max_tokens, BENCH_TOKENS))
         timed(voice, prompt, 8)  # warm-up
         print(f"{voice}\nprompt of {len(prompt)} tokens, {n_tokens} new ones", flush=True)
-        print(f"{'run':>6} {'prefill ms':>12} {'prefill tokens/s':>18} {'decode tokens/s':>17}")
-        rows = []
-        for run in range(1, BENCH_RUNS + 1):
+        print("   run     prefill ms  prefill tokens/s   decode tokens/s")
+        rows: dict[str, tuple[float, ...]] = {}
+        for run in map(str, range(1, BENCH_RUNS + 1)):
             _, prefill_s, decode_s = timed(voice, prompt, n_tokens)
-            rows.append((1000 * prefill_s, len(prompt) / prefill_s, (n_tokens - 1) / decode_s))
-            print(_bench_row(str(run), rows[-1]), flush=True)
-        print(_bench_row("median", [statistics.median(column) for column in zip(*rows, strict=True)]))
-
-
-def _bench_row(name: str, values: Any) -> str:
-    prefill_ms, prefill_per_s, decode_per_s = values
-    return f"{name:>6} {prefill_ms:12.1f} {prefill_per_s:18.1f} {decode_per_s:17.1f}"
+            rows[run] = (1000 * prefill_s, len(prompt) / prefill_s, (n_tokens - 1) / decode_s)
+            print("{:>6} {:14.1f} {:17.1f} {:17.1f}".format(run, *rows[run]), flush=True)
+        medians = map(statistics.median, zip(*rows.values(), strict=True))
+        print("{:>6} {:14.1f} {:17.1f} {:17.1f}".format("median", *medians))
 
 
 def compare(session: Session, argument: str) -> None:
-    """/compare [PROMPT]: with and without KV cache; with a second checkpoint also both answers side by side"""
+    """/compare [PROMPT]: speed with and without KV cache; with a second checkpoint, both answers side by side"""
     prompt, n_tokens = argument or PROMPT, min(session.options.max_tokens, COMPARE_TOKENS)
     for voice in session.voices:
         print(voice, flush=True)
-        tokens, seconds = encode(voice, prompt), {}
-        found: dict[bool, list[int]] = {}
-        for use_cache in (True, False):
+        tokens, found, seconds = encode(voice, prompt), [], []
+        for name, use_cache in (("with KV cache", True), ("without", False)):
             timed(voice, tokens, 2, use_cache)  # warm-up
-            found[use_cache], *both = timed(voice, tokens, n_tokens, use_cache)
-            seconds[use_cache] = sum(both)
-            name = "with KV cache" if use_cache else "without"
-            print(
-                f"{name:>15} {n_tokens} tokens in {sum(both):.2f} s = {n_tokens / sum(both):.1f} tokens/s", flush=True
-            )
-        same = sum(1 for _ in _while_equal(found[True], found[False]))
-        equal = "the same greedy tokens" if same == n_tokens else f"greedy tokens differ after {same} (rounding)"
-        print(f"{equal}, {seconds[False] / seconds[True]:.2f}x the speed with the cache")
+            new, prefill_s, decode_s = timed(voice, tokens, n_tokens, use_cache)
+            found.append(new)
+            seconds.append(prefill_s + decode_s)
+            print(f"{name:>15} {n_tokens} tokens in {seconds[-1]:.2f} s = {n_tokens / seconds[-1]:.1f} tokens/s")
+        differ = [i for i, (a, b) in enumerate(zip(*found, strict=True)) if a != b]
+        same = f"greedy tokens differ from number {differ[0] + 1} on" if differ else "the same greedy tokens"
+        print(f"{same}, {seconds[1] / seconds[0]:.2f}x the speed with the cache", flush=True)
     if len(session.voices) > 1:
         side_by_side(session, prompt)
 
 
-def _while_equal(a: list[int], b: list[int]) -> Iterator[int]:
-    for x, y in zip(a, b):
-        if x != y:
-            return
-        yield x
-
-
 def side_by_side(session: Session, prompt: str) -> None:
     """What the voices make of one prompt, with the options and the seed that a typed prompt would have."""
-    seed = random.randrange(2**31) if session.options.seed is None else session.options.seed
-    answers = []
+    seed, answers = session.seed(), []
     for voice in session.voices:
-        turn = answer(voice, prompt, session.options, seed, lambda text: None)
-        answers.append(visible(f"{voice.name}\n\n{prompt}{turn.text}"))
+        turn = answer(voice, prompt, session.options, seed, ignore)
         if turn.finish == "interrupted":
             raise KeyboardInterrupt
+        answers.append(visible(f"{voice.name}\n\n{prompt}{turn.text}"))
     print(columns(answers, shutil.get_terminal_size().columns))
+
+
+def save(session: Session, argument: str) -> None:
+    """/save FILE: write options, prompts and answers as JSON"""
+    options = {name: getattr(session.options, name) for name in ("max_tokens", *SAMPLING, "seed")}
+    turns = [{key: value for key, value in asdict(turn).items() if key != "tokens"} for turn in session.turns]
+    with opening(argument) as path:
+        if path.exists():
+            read_saved(path, session.options)  # only what /save wrote is written over
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps({"options": options, "turns": turns}, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+
+def load_saved(session: Session, argument: str) -> None:
+    """/load FILE: go on with what /save wrote, options included"""
+    with opening(argument) as path:
+        session.options, session.turns = read_saved(path, session.options)
+    for turn in session.turns:
+        turn.tokens = session.voices[0].tokenizer.encode(turn.text)
+        print(visible(f"> {turn.prompt}\n{turn.text}"))
+
+
+def read_saved(path: Path, options: Options) -> tuple[Options, list[Turn]]:
+    """What /save wrote, its options over the given ones. Raises ValueError when it is something else."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        turns = [config.from_dict(Turn, turn) for turn in saved["turns"]]
+        return config.from_dict(Options, {**asdict(options), **saved["options"]}), turns
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a file that /save wrote ({type(error).__name__}: {error})") from error
 
 
 def leave(session: Session, argument: str) -> None:
@@ -328,9 +417,13 @@ def leave(session: Session, argument: str) -> None:
 
 
 COMMANDS: dict[str, Callable[[Session, str], None]] = {
+    "/retry": retry,
+    "/probs": show_probabilities,
     "/bench": bench,
     "/compare": compare,
     "/set": set_option,
+    "/save": save,
+    "/load": load_saved,
     "/help": show_help,
     "/quit": leave,
 }
@@ -340,9 +433,14 @@ def run_command(session: Session, line: str) -> None:
     """Do what a line that begins with a slash says."""
     name, _, argument = line.strip().partition(" ")
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise ValueError(f"unknown command {name}; " + (f"did you mean {near[0]}?" if near else "/help lists them"))
+        raise unknown("command", name, COMMANDS, "/help lists them")
     COMMANDS[name](session, argument.strip())
+
+
+def unknown(kind: str, name: str, known: Iterable[str], advice: str) -> ValueError:
+    """The error for a name that is none of `known`."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return ValueError(f"unknown {kind} {name}; " + (f"did you mean {near[0]}?" if near else advice))
 
 
 # ---- The conversation ------------------------------------------------------------------------------------------------
@@ -360,7 +458,11 @@ def terminal_reader() -> Callable[[str], str]:
         readline.read_history_file(folder / "chat_history")
 
     def read(prompt: str) -> str:
-        line = input(prompt)
+        try:
+            line = input(prompt)
+        except EOFError:
+            print()  # Ctrl-D leaves the cursor behind the prompt
+            raise
         with contextlib.suppress(OSError):  # after each line: a closed window ends without a word
             readline.set_history_length(1000)
             readline.write_history_file(folder / "chat_history")
@@ -377,26 +479,47 @@ def pipe_reader(prompt: str) -> str:
     return line.removesuffix("\n")
 
 
+def whole_text(line: str, read: Callable[[str], str]) -> str:
+    """A line and those that belong to it: up to closing quotes, or while they end with a backslash."""
+    with contextlib.suppress(EOFError):  # an open text ends with the input
+        if line.startswith('"""'):
+            line = line[3:]
+            while not line.endswith('"""'):
+                line += "\n" + read("... ")
+            return line.removesuffix('"""')
+        while line.endswith("\\"):
+            line = line[:-1] + "\n"
+            line += read("... ")
+    return line
+
+
 def converse(session: Session) -> None:
-    """Read a line, answer it, until there are no more."""
+    """Read a text, answer it, until there are no more."""
     read = terminal_reader() if session.interactive else pipe_reader
     while True:
         try:
-            line = read("> " if session.interactive else "")
+            line = read("> ")
             if line.startswith("/"):
                 run_command(session, line)
-            elif line.strip():
-                session.ask(line)
+            elif (text := whole_text(line, read)).strip():
+                session.ask(text)
         except EOFError:
-            if session.interactive:
-                print()
             return
         except KeyboardInterrupt:
             if not session.interactive:
                 raise
             print("\n(Ctrl-D or /quit leaves)")
         except ValueError as error:
-            print(visible("error: " + " ".join(str(error).split())), file=sys.stderr, flush=True)
+            remark(f"error: {error}")
+
+
+def read_prompt(args: Any) -> str | None:
+    """The text of --prompt or --prompt_file, without the newline that ends a file."""
+    if args.prompt_file is None:
+        return args.prompt
+    with opening(args.prompt_file) as path:
+        text = sys.stdin.read() if args.prompt_file == "-" else path.read_text(encoding="utf-8")
+    return text.removesuffix("\n")
 
 
 def main(args: Any) -> None:
@@ -404,11 +527,19 @@ def main(args: Any) -> None:
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
-    session = Session([path for path in (args.checkpoint, args.checkpoint2) if path], args.options)
-    if session.interactive:
+    prompt = read_prompt(args)
+    interactive = prompt is None and all(s is not None and s.isatty() for s in (sys.stdin, sys.stdout))
+    if args.json and interactive:
+        raise ValueError("--json needs --prompt, --prompt_file or a pipe")
+    paths = [path for path in (args.checkpoint, args.checkpoint2) if path]
+    session = Session(paths, args.options, interactive, args.json)
+    if interactive:
         print("\n".join(map(str, session.voices)))
         print("A base model: it continues your text, and knows no questions or turns. /help lists commands.")
-    converse(session)
+    if prompt is None:
+        converse(session)
+    else:
+        session.ask(prompt)
     print(end="", flush=True)  # a closed pipe shows here, inside config.run
 
 

@@ -1,9 +1,12 @@
 """chat.py, driven as a person does: keys in a terminal, lines in a pipe."""
 
+import io
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import chat
 import checkpoint
 import config
 from data_pipeline import load_tokenizer
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, next_logits, penalize, sample
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, str(ROOT / "chat.py")]
@@ -47,7 +50,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def model_state(paths: tuple[str, str]) -> chat.Voice:
+def voice(paths: tuple[str, str]) -> chat.Voice:
     return chat.load(paths[0], chat.Options(device="cpu"))
 
 
@@ -83,7 +86,7 @@ def test_bench_and_compare_of_two_checkpoints(paths: tuple[str, str]) -> None:
     assert re.search(r"^The sky.* \| The sky", done.stdout, re.MULTILINE)
     assert [line.split(";")[0] for line in done.stderr.splitlines()] == [
         "error: unknown command /nonsense",
-        "error: unknown key top_q",
+        "error: unknown option top_q",
         "error: top_k must be at least 1, or none, got 0",
     ]
 
@@ -96,6 +99,8 @@ def test_bench_and_compare_of_two_checkpoints(paths: tuple[str, str]) -> None:
         (["--top_p=1.5", "x"], "top_p must be above 0 and at most 1, or none, got 1.5"),
         (["--seed=-2", "x"], "seed must be from 0 to 2**63 - 1, or none, got -2"),
         (["--dtype=fp8", "x"], "dtype expects"),
+        (["--min_p=2", "x"], "min_p must be from 0 to 1, or none, got 2"),
+        (["--repetition_penalty=0", "x"], "repetition_penalty must be above 0, or none, got 0"),
         (["--temprature=1", "x"], "unknown option --temprature; did you mean --temperature?"),
         ([], "the following arguments are required: CHECKPOINT"),
     ],
@@ -108,8 +113,8 @@ def test_bad_options_are_one_line(arguments: list[str], message: str, capsys: py
 
 
 def test_bad_checkpoints_and_devices_are_errors_that_name_them(paths: tuple[str, str], tmp_path: Path) -> None:
-    done = pipe("", str(tmp_path / "none"))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "no checkpoint at" in done.stderr
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        session_of(str(tmp_path / "none"))
     for device in ("tpu9", "cuda:77"):
         with pytest.raises(ValueError, match=f"device '{device}' is not usable"):
             session_of(paths[0], device=device)
@@ -121,54 +126,58 @@ def test_bad_checkpoints_and_devices_are_errors_that_name_them(paths: tuple[str,
         session_of(write_checkpoint(tmp_path / "both", config=both_sides))
 
 
-def test_a_terminal(paths: tuple[str, str], tmp_path: Path) -> None:
-    """Typing, line editing, Ctrl-C in an answer and at the prompt, a change of options, Ctrl-D."""
-    chat_ = pexpect.spawn(
-        COMMAND[0], [COMMAND[1], paths[0]], env=environment(str(tmp_path)), encoding="utf-8", timeout=60
+def terminal(state_home: str, *arguments: str) -> "pexpect.spawn[str]":
+    child = pexpect.spawn(
+        COMMAND[0], [COMMAND[1], *arguments], env=environment(state_home), encoding="utf-8", timeout=60
     )
-    chat_.expect("it continues your text")
-    chat_.expect("\n> ")
-    chat_.send("/set max_tokens 10x\x7f\r")  # backspace takes the x
-    chat_.expect("\n> ")
-    chat_.send("The sky\r")
-    chat_.expect(r"\(\d+ tokens, [\d.]+/s, (max_tokens reached|the model ended its text)\)")
-    chat_.expect("\n> ")
-    chat_.send("/set max_tokens 1000000\r")
-    chat_.expect("\n> ")
-    chat_.send("\x1b[A\x1b[A\r")  # two lines up
-    chat_.expect("The sky")
-    chat_.expect(r"(?s).{40}")
-    chat_.sendintr()
-    chat_.expect(r"stopped\)")
-    chat_.expect("\n> ")
-    chat_.sendintr()
-    chat_.expect(r"Ctrl-D or /quit leaves")
-    chat_.expect("\n> ")
-    chat_.sendeof()
-    chat_.expect(pexpect.EOF)
-    chat_.close()
-    assert (chat_.exitstatus, chat_.signalstatus) == (0, None)
-    history = (tmp_path / "nano416/chat_history").read_text().splitlines()
-    assert [line for line in history if line == "The sky"] == ["The sky"] * 2
+    child.expect("it continues your text")
+    child.expect("\n> ")
+    return child
 
 
-def test_history_outlives_the_session_and_a_home_that_cannot_be_written_is_no_error(
-    paths: tuple[str, str], tmp_path: Path
-) -> None:
-    (tmp_path / "nano416").mkdir()
-    (tmp_path / "nano416/chat_history").write_text("/set top_k 5\n")
-    for home, shown in ((str(tmp_path), "top_k 5"), (HOME_IS_READ_ONLY, "top_k 50")):
-        chat_ = pexpect.spawn(COMMAND[0], [COMMAND[1], paths[0]], env=environment(home), encoding="utf-8", timeout=60)
-        chat_.expect("\n> ")
-        chat_.send("\x1b[A\r")
-        chat_.expect("\n> ")
-        chat_.send("/set\r")
-        chat_.expect(rf"{shown}\r\n")
-        chat_.expect("\n> ")
-        chat_.send("/quit\r")
-        chat_.expect(pexpect.EOF)
-        chat_.close()
-        assert chat_.exitstatus == 0
+def end(child: "pexpect.spawn[str]") -> tuple[int | None, int | None]:
+    child.expect(pexpect.EOF)
+    child.close()
+    return child.exitstatus, child.signalstatus
+
+
+def test_a_terminal(paths: tuple[str, str], tmp_path: Path) -> None:
+    """Typing, line editing, history, Ctrl-C in an answer and at the prompt, Ctrl-D."""
+    history = tmp_path / "nano416/chat_history"
+    history.parent.mkdir()
+    history.write_text("/set max_tokens 10\n")  # an earlier session's
+    child = terminal(str(tmp_path), paths[0], "--temperature=0")  # greedy, this model never ends its text
+    for keys, shown in (
+        ("\x1b[A\r", "/set max_tokens 10"),  # one line up
+        ("The skyx\x7f\r", r"\(\d+ tokens, [\d.]+/s, (max_tokens reached|the model ended its text)\)"),  # backspace
+        ("/probs\r", "\x1b\\[30;48;5;"),
+        ("/set max_tokens 1000000\r", "1000000"),
+    ):
+        child.send(keys)
+        child.expect(f"(?s){shown}")
+        child.expect("\n> ")
+    child.send('"""The sea\r')
+    child.expect(r"\n\.\.\. ")
+    child.send('and the sky"""\r')
+    child.expect(r"(?s)and the sky\"{3}\r\n.{40}")
+    child.sendintr()
+    child.expect(r"stopped\)")
+    child.expect("\n> ")
+    child.sendintr()
+    child.expect(r"Ctrl-D or /quit leaves")
+    child.expect("\n> ")
+    child.sendeof()
+    assert end(child) == (0, None)
+    assert history.read_text().splitlines()[:2] == ["/set max_tokens 10", "The sky"]
+
+
+def test_a_home_that_cannot_be_written_is_no_error(paths: tuple[str, str]) -> None:
+    child = terminal(HOME_IS_READ_ONLY, paths[0])
+    child.send("/set\r")
+    child.expect("top_k 50\r\n")
+    child.expect("\n> ")
+    child.send("/quit\r")
+    assert end(child) == (0, None)
 
 
 def test_nobody_reads_the_output(paths: tuple[str, str]) -> None:
@@ -189,12 +198,10 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> list[list[in
     return prompts
 
 
-def test_characters_appear_whole_and_a_broken_one_once(
-    model_state: chat.Voice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_characters_appear_whole_and_a_broken_one_once(voice: chat.Voice, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     scripted(monkeypatch, [*"é€😀".encode(), 0xE2, 0x82])
-    turn = chat.answer(model_state, "x", chat.Options(), 0, shown.append)
+    turn = chat.answer(voice, "x", chat.Options(), 0, shown.append)
     assert [text for text in shown if text] == ["é", "€", "😀", "�"] and turn.text == "é€😀�"
 
 
@@ -206,28 +213,28 @@ def test_control_characters_are_shown_not_obeyed() -> None:
 
 
 def test_the_end_of_text_token_ends_and_its_name_in_a_prompt_is_text(
-    model_state: chat.Voice, monkeypatch: pytest.MonkeyPatch
+    voice: chat.Voice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = scripted(monkeypatch, [104, 105, model_state.tokenizer.eot_id, 33])
-    turn = chat.answer(model_state, "<|endoftext|>", chat.Options(), 0, lambda text: None)
+    prompts = scripted(monkeypatch, [104, 105, voice.tokenizer.eot_id, 33])
+    turn = chat.answer(voice, "<|endoftext|>", chat.Options(), 0, chat.ignore)
     assert (turn.text, turn.finish) == ("hi", "stop")
     assert prompts == [list(b"<|endoftext|>")]
 
 
 def test_a_prompt_beyond_the_context_is_cut_from_the_left_with_a_note(
-    model_state: chat.Voice, capsys: pytest.CaptureFixture[str]
+    voice: chat.Voice, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "".join(chr(33 + i % 90) for i in range(100))
-    assert chat.encode(model_state, text) == list(text[-64:].encode())
-    assert "the prompt has 100 tokens, the context 64: the first 36 are cut off" in capsys.readouterr().err
+    assert chat.encode(voice, text) == list(text[-64:].encode())
+    assert "(prompt of 100 tokens, context of 64: the first 36 are cut off)" in capsys.readouterr().err
     options = chat.Options(max_tokens=20)
-    long, short = (chat.answer(model_state, t, options, 5, lambda text: None) for t in (text, text[-64:]))
+    long, short = (chat.answer(voice, t, options, 5, chat.ignore) for t in (text, text[-64:]))
     assert long.tokens == short.tokens and len(long.tokens) > 0
 
 
-def test_cache_or_not_the_greedy_tokens_are_the_same(model_state: chat.Voice) -> None:
+def test_cache_or_not_the_greedy_tokens_are_the_same(voice: chat.Voice) -> None:
     prompt = list(b"The meaning of life is")
-    cached, uncached = (chat.timed(model_state, prompt, 100, use_cache)[0] for use_cache in (True, False))
+    cached, uncached = (chat.timed(voice, prompt, 100, use_cache)[0] for use_cache in (True, False))
     assert cached == uncached and len(cached) == 100
 
 
@@ -263,3 +270,149 @@ def test_columns_keep_every_word_of_every_text() -> None:
     assert max(map(len, chat.columns(texts, 23).split("\n"))) <= 23
     for i, text in enumerate(texts):
         assert " ".join(row[i].strip() for row in rows if len(row) > i).split() == text.split()
+
+
+def test_one_answer_from_the_command_line_as_json(
+    paths: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompt.txt").write_text("The sky\n")
+    flags = ["--seed=3", "--max_tokens=20", "--json"]
+    chat.main(chat.parse([paths[0], f"--prompt_file={tmp_path / 'prompt.txt'}", *flags]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The sky\n/retry\n"))
+    chat.main(chat.parse([paths[0], *flags]))
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [o["seed"] for o in objects] == [3, 3, 4]
+    assert objects[0]["options"]["max_tokens"] == 20 and objects[0].pop("tokens_per_s") > 0
+    assert objects[0].items() <= objects[1].items()
+    session = session_of(paths[0], seed=3)
+    session.ask("The sky")
+    assert {**objects[0], **asdict(session.last())} == objects[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt_file=none.txt"], "cannot open none.txt: No such file or directory"),
+        (["--prompt_file={latin}"], "latin.txt is not UTF-8 text"),
+        (["--prompt="], "the prompt is empty"),
+        (["--prompt=x", "--device=tpu9"], "device 'tpu9' is not usable"),
+        (["--prompt=x", "--prompt_file=y"], "not allowed with argument"),
+    ],
+)
+def test_bad_prompts_are_one_line(
+    paths: tuple[str, str], tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    arguments = [argument.format(latin=tmp_path / "latin.txt") for argument in arguments]
+    with pytest.raises(SystemExit) as exit:
+        config.run(lambda: chat.main(chat.parse([paths[0], *arguments])))
+    error = capsys.readouterr().err
+    assert (exit.value.code, error.count("\n")) == (2, 1) and message in error
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        (["one\\", "two\\", "three"], "one\ntwo\nthree"),
+        (['"""one', "", "/two", 'three"""'], "one\n\n/two\nthree"),
+        (['"""', "one", '"""'], "\none\n"),
+        (['"""one"""'], "one"),
+        (['"""one', "two"], "one\ntwo"),  # the input ends
+        (["one\\"], "one\n"),
+        (["  one two  "], "  one two  "),
+    ],
+)
+def test_a_prompt_of_several_lines(lines: list[str], text: str) -> None:
+    rest = iter(lines)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    assert chat.whole_text(read(""), read) == text
+
+
+def test_what_is_saved_comes_back(paths: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, session = tmp_path / "saved.json", session_of(paths[0], seed=9, temperature=0.5)
+    scripts = ["The sky", "The sea"]
+    for prompt in scripts:
+        session.ask(prompt)
+    for _ in range(2):  # the second time over the first
+        chat.run_command(session, f"/save {file}")
+    other = session_of(paths[0], dtype="bf16")
+    capsys.readouterr()
+    chat.run_command(other, f"/load {file}")
+    told = capsys.readouterr().out
+    assert [(t.prompt, t.text, t.seed) for t in other.turns] == [(t.prompt, t.text, t.seed) for t in session.turns]
+    assert all(f"> {prompt}\n" in told for prompt in scripts)
+    assert other.options == replace(session.options, dtype="bf16")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("text", ["notes", "[]", '{"turns": 1}', '{"options": {"top_k": 0}, "turns": []}'])
+def test_a_foreign_file_is_not_loaded_and_not_written_over(paths: tuple[str, str], tmp_path: Path, text: str) -> None:
+    file, session = tmp_path / "notes.txt", session_of(paths[0])
+    file.write_text(text)
+    for command in ("/save", "/load"):
+        with pytest.raises(ValueError, match="is not a file that /save wrote"):
+            chat.run_command(session, f"{command} {file}")
+    for command in ("/save", "/load", f"/load {tmp_path / 'none'}", f"/save {tmp_path / 'none/x'}", "/retry", "/probs"):
+        with pytest.raises(ValueError, match=r"give its name|cannot open|there is no answer yet"):
+            chat.run_command(session, command)
+    assert file.read_text() == text
+
+
+def test_probabilities_are_those_of_one_token_after_another(voice: chat.Voice) -> None:
+    prompt, tokens = list(b"The sky"), list(b" is blue and wide")
+    one_by_one = [
+        next_logits(voice.model, prompt + tokens[:i])[0].softmax(-1)[token].item() for i, token in enumerate(tokens)
+    ]
+    assert chat.probabilities(voice, prompt, tokens) == pytest.approx(one_by_one, abs=1e-6)
+    assert len(chat.probabilities(voice, prompt, tokens * 10)) == SHAPE.seq_len
+
+
+def test_probabilities_on_demand(paths: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    session = session_of(paths[0], seed=1)
+    session.ask("The sky")
+    capsys.readouterr()
+    chat.run_command(session, "/probs")
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(session.last().tokens) and all(re.match(r"0\.\d{4} '|0\.\d{4} \"", row) for row in rows)
+    session.interactive = True
+    chat.run_command(session, "/probs")
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert shown.startswith(chat.visible(session.last().text) + "\n")
+
+
+def test_penalty_and_min_p_are_those_of_transformers() -> None:
+    logits = pytest.importorskip("transformers.generation.logits_process")
+    torch.manual_seed(0)
+    scores, tokens = 3 * torch.randn(2, 50), torch.tensor([[1, 2, 3, 2], [4, 4, 5, 6]])
+    assert torch.equal(
+        penalize(scores, tokens, 1.3), logits.RepetitionPenaltyLogitsProcessor(1.3)(tokens, scores.clone())
+    )
+    kept = logits.MinPLogitsWarper(0.1)(tokens, scores.clone()).isfinite()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([sample(scores, generator=generator, min_p=0.1) for _ in range(500)])  # [500, 2]
+    for row in range(2):
+        assert set(drawn[:, row].tolist()) == set(kept[row].nonzero().flatten().tolist())
+
+
+def test_a_penalty_ends_a_loop_and_leaves_reproducible_answers(voice: chat.Voice) -> None:
+    options = chat.Options(max_tokens=30, temperature=0)
+    plain, penalized, again = (
+        chat.answer(voice, "The sky", o, 1, chat.ignore).tokens
+        for o in (options, replace(options, repetition_penalty=5.0), replace(options, repetition_penalty=5.0))
+    )
+    assert len(set(penalized)) > len(set(plain)) and penalized == again
+    options = chat.Options(min_p=0.3, repetition_penalty=1.1, top_p=0.9, seed=None)
+    assert len({chat.answer(voice, "The sky", options, 6, chat.ignore).text for _ in range(3)}) == 1
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    script = "import runpy, sys\nsys.argv = ['chat.py', '--help']\ntry:\n    runpy.run_path('chat.py', run_name='__main__')\n"
+    script += "except SystemExit as end:\n    sys.exit(100 if 'torch' in sys.modules else end.code)\n"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--repetition_penalty" in done.stdout
