@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None) -> Any:
     parser.add_argument("--data", default=DATA, help=f"HellaSwag .jsonl, downloaded when it is the default [{DATA}]")
     parser.add_argument("--num_examples", type=int, help="only the first N items [all]")
     parser.add_argument("--output", help="write scores and items as JSON")
-    parser.add_argument("--device", help="cpu or cuda [cuda if there is one]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run [cuda if there is one]")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="precision of the matmuls [bf16 on a GPU, else fp32]")
     return parser.parse_args(argv)
 
@@ -294,6 +294,8 @@ def main(args: Any) -> None:
         raise ValueError(f"num_examples must be at least 1, got {args.num_examples}")
     if args.output and (Path(args.output).is_dir() or not os.access(Path(args.output).parent, os.W_OK)):
         raise ValueError(f"cannot write {args.output}: it is a folder, or {Path(args.output).parent} is not writable")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda, but torch finds no GPU here; leave it out to run on the CPU")
     path = checkpoint.find(args.checkpoint)
     dist = distributed.init()
     device = torch.device(args.device) if args.device else dist.device
