@@ -252,7 +252,7 @@ def _cast(value: Any, hint: Any, name: str) -> Any:
             return {"true": True, "false": False}[str(value).lower()]
         if hint is str and isinstance(value, str):
             return value
-        if hint in (int, float) and not isinstance(value, bool):
+        if hint in (int, float):
             return _number(value, hint)
     except (AttributeError, KeyError, TypeError, ValueError):
         pass
