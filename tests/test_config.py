@@ -265,6 +265,15 @@ def test_help_lists_every_knob_with_its_comment_and_default(help_text):
         assert comment.strip() and bracket and default.endswith("]"), f"{option} has no comment on its line"
 
 
+def test_every_default_that_help_shows_can_be_given_as_it_is_shown(help_text):
+    import training
+
+    shown = [
+        line.split()[0] + "=" + line.rpartition(" [")[2][:-1] for line in help_text.splitlines() if line[:4] == "  --"
+    ]
+    assert parse_config(training.Config, shown) == parse_config(training.Config, []) and "--max_lr=0.0003" in shown
+
+
 def test_help_begins_with_usage_and_the_commands_of_the_header(help_text):
     assert help_text.startswith("usage: training.py [FILE.toml] [--name=value ...]")
     assert "torchrun --standalone --nproc_per_node=8 training.py" in help_text

@@ -227,6 +227,7 @@ def hugging_face(model: Transformer):
 @pytest.mark.parametrize("seq_len", [128, 60])  # 60: a quarter of the contexts must be cut
 def test_every_item_scores_as_in_lm_eval(seq_len, gpt2, tmp_path):
     pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")  # which HFLM imports
     import lm_eval.api.task
     import lm_eval.evaluator
     import lm_eval.models.huggingface
@@ -312,9 +313,11 @@ def test_the_command_prints_a_table_and_writes_every_item(folder):
         (["--output=no/such/folder/s.json"], "cannot write no/such/folder/s.json"),
         (["--output=run"], "cannot write run"),
         (["--checkpoint=absent"], "no checkpoint at absent"),
+        (["--device=cuda"], "torch finds no GPU"),
     ],
 )
 def test_a_mistake_is_found_before_the_work(argv, hint, folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(eval_hellaswag, "evaluate", lambda *_, **__: pytest.fail("it was scored first"))
     before = sorted(os.listdir(folder))
     with pytest.raises(ValueError, match=hint):
