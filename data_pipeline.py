@@ -5,6 +5,7 @@
     python data_pipeline.py prepare --source="my/*.jsonl.gz" --out_dir=data/mine    # your text or any HF dataset
     python data_pipeline.py verify --out_dir=data/mine    # every header, size, checksum and token
     python data_pipeline.py info --out_dir=data/mine      # what it holds, and how it begins
+    python data_pipeline.py decontaminate --out_dir=data/mine --against=hellaswag    # copies of evaluation items in it
     python data_pipeline.py prepare --help                # the options of one command
 
 A dataset is a folder of llm.c shards (train_000000.bin ..., val_000000.bin ...) and meta.json, which is written last:
@@ -13,13 +14,17 @@ training.py reads it through TokenLoader and validation_batches.
 """
 
 import argparse
+import base64
+import bisect
 import bz2
 import dataclasses
 import functools
 import gzip
 import hashlib
+import importlib.metadata
 import inspect
 import io
+import itertools
 import json
 import lzma
 import multiprocessing
@@ -29,6 +34,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -42,6 +48,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
 import numpy as np
+import tiktoken
 from tqdm import tqdm
 
 import config
@@ -58,24 +65,29 @@ GPT2 = {  # the identity of gpt2, spelled out: reading its shards needs no vocab
     "eot_id": 50256,
     "sha256": "20940fd36bff2b33dff18da9a85f31f7eab5ea75375cf78fdb8b0bda1116d42e",
 }
+GIGATOKEN_SCHEMES = {"gpt2": "gpt2", "r50k_base": "gpt2", "cl100k_base": "cl100k", "o200k_base": "o200k"}
+END_TOKENS = (EOT, "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
 
 
 class Tokenizer:
-    """Text to token ids and back, for any tiktoken encoding. Text that spells a special token stays plain text."""
+    """Text to token ids and back. Text that spells a special token stays plain text."""
 
     def __init__(self, name: str, encoding: Any):
         self.name, self._encoding = name, encoding
         self.vocab_size, self.eot_id = int(encoding.n_vocab), int(encoding.eot_token)
+        self.fast: Callable[[bytes], np.ndarray] | None = None  # another encoder of the same tokens
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The tokens of `text` as uint32, without a Python list on the way."""
+        """The tokens of `text` as an array, without a Python list on the way."""
         try:
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, as JSON may spell one
-            return np.array(self.encode(text), dtype=np.uint32)
+            data = text.encode()
+        except UnicodeEncodeError:  # JSON can spell a lone surrogate, which is no text; tiktoken makes it U+FFFD, too
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            data = text.encode()
+        return self.fast(data) if self.fast else self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(tokens)
@@ -84,7 +96,7 @@ class Tokenizer:
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
-        """[vocab_size] bytes of text per token, for bits per byte; eot and unused ids count 0."""
+        """[vocab_size] bytes of text per token, for bits per byte; special and unused ids count 0."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, rank in self._encoding._mergeable_ranks.items():
             lengths[rank] = len(token)
@@ -92,13 +104,23 @@ class Tokenizer:
 
     def info(self) -> dict[str, Any]:
         """What names this tokenizer in meta.json and in checkpoints; sha256 is over its ranks."""
-        sha256 = _ranks_sha256(self._encoding._mergeable_ranks)
+        digest = hashlib.sha256()
+        for token, rank in sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+            digest.update(b"%d %d " % (rank, len(token)) + token)
+        sha256 = getattr(self._encoding, "sha256", digest.hexdigest())
         return {"name": self.name, "vocab_size": self.vocab_size, "eot_id": self.eot_id, "sha256": sha256}
 
 
 def load_tokenizer(name: str, sha256: str | None = None) -> Tokenizer:
-    """ "gpt2", "bytes" or any tiktoken encoding; ValueError if `sha256` is given and is not that of its ranks."""
-    tokenizer = Tokenizer(name, _bytes_encoding() if name == "bytes" else _tiktoken_encoding(name))
+    """ "gpt2", "bytes", any tiktoken encoding, or a tokenizer.json: its path, its folder, or a Hugging Face model id.
+
+    ValueError if `sha256` is given and is not that of its ranks.
+    """
+    if name == "bytes":
+        encoding = _bytes_encoding()
+    else:
+        encoding = _HuggingFaceEncoding(name) if "/" in name or name.endswith(".json") else _tiktoken_encoding(name)
+    tokenizer = Tokenizer(name, encoding)
     if sha256 not in (None, found := tokenizer.info()["sha256"]):
         raise ValueError(
             f"tokenizer {name!r} here has the ranks {found[:12]}, the data or checkpoint was made with {sha256[:12]}; "
@@ -109,19 +131,16 @@ def load_tokenizer(name: str, sha256: str | None = None) -> Tokenizer:
 
 def _bytes_encoding() -> Any:
     """256 byte tokens and <|endoftext|>; the pattern only bounds the pieces that tiktoken looks at."""
-    import tiktoken
-
     ranks = {bytes([i]): i for i in range(256)}
     return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks, special_tokens={EOT: 256})
 
 
 def _tiktoken_encoding(name: str) -> Any:
-    import tiktoken
     from requests.exceptions import RequestException
 
     names = tiktoken.list_encoding_names()
     if name not in names:
-        raise ValueError(f"unknown tokenizer {name!r}; known are bytes, {', '.join(names)}")
+        raise ValueError(f"unknown tokenizer {name!r}; known are bytes, {', '.join(names)}, or a path or hub id with /")
     try:
         return tiktoken.get_encoding(name)
     except (RequestException, OSError) as error:
@@ -131,11 +150,93 @@ def _tiktoken_encoding(name: str) -> Any:
         ) from error
 
 
-def _ranks_sha256(ranks: Mapping[bytes, int]) -> str:
-    digest = hashlib.sha256()
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        digest.update(b"%d %d " % (rank, len(token)) + token)
-    return digest.hexdigest()
+class _HuggingFaceEncoding:
+    """A tokenizer.json with the interface of tiktoken.Encoding."""
+
+    def __init__(self, name: str):
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ValueError(f"tokenizer {name!r} needs a package: pip install tokenizers") from error
+        try:
+            text = _tokenizer_json(name).read_text(encoding="utf-8")
+            self._fast = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises bare Exception; the hub client has many
+            raise ValueError(f"cannot load tokenizer {name!r}: {str(error).splitlines()[0]}") from error
+        self._fast.encode_special_tokens = True  # as plain text
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        data = json.loads(text)
+        vocab = self._fast.get_vocab()
+        special = {token["content"] for token in data["added_tokens"] if token["special"]}
+        ends = [token for token in END_TOKENS if token in vocab]
+        if not ends:
+            raise ValueError(f"tokenizer {name!r} has no token to end documents with, none of {' '.join(END_TOKENS)}")
+        self.n_vocab, self.eot_token = max(vocab.values()) + 1, vocab[ends[0]]
+        spell = _from_byte_level if "ByteLevel" in json.dumps([data["pre_tokenizer"], data["decoder"]]) else _from_piece
+        literal = {token["content"] for token in data["added_tokens"]}
+        self._bytes = {i: token.encode() if token in literal else spell(token) for token, i in vocab.items()}
+        self._mergeable_ranks = _Ranks((self._bytes[i], i) for token, i in vocab.items() if token not in special)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self._fast.encode(text, add_special_tokens=False).ids
+
+    def encode_to_numpy(self, text: str, disallowed_special: Any = ()) -> np.ndarray:
+        return np.array(self.encode_ordinary(text), np.uint32)
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        return b"".join(self._bytes[token] for token in tokens)
+
+
+class _Ranks(list[tuple[bytes, int]]):
+    """(bytes, id) pairs; not a dict, since several ids may spell the same bytes."""
+
+    def items(self) -> list[tuple[bytes, int]]:
+        return self
+
+
+def _tokenizer_json(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+    return path if path.exists() or name.endswith(".json") else Path(hf_hub_download(name, "tokenizer.json"))
+
+
+def _from_byte_level(token: str) -> bytes:
+    """GPT-2 spells a byte that is no visible character as the next free one from U+0100 on."""
+    return bytes(BYTE_OF[character] for character in token)
+
+
+def _byte_of() -> dict[str, int]:
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+BYTE_OF = _byte_of()
+
+
+def _from_piece(token: str) -> bytes:
+    """SentencePiece: a low line for a space, <0x0A> for a byte."""
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+
+
+def fast_encoder(tokenizer: Tokenizer) -> Callable[[bytes], np.ndarray] | None:
+    """A second, far faster encoder for tokenizers that gigatoken knows, where that package is installed."""
+    if tokenizer.name == "bytes":
+        return lambda data: np.frombuffer(data, np.uint8)
+    scheme = GIGATOKEN_SCHEMES.get(tokenizer.name)
+    if scheme is None:
+        return None
+    try:
+        import gigatoken
+    except ImportError:
+        return None
+    with tempfile.NamedTemporaryFile("wb", suffix=".tiktoken") as file:
+        for token, rank in tokenizer._encoding._mergeable_ranks.items():
+            file.write(base64.b64encode(token) + b" %d\n" % rank)
+        file.flush()
+        return gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer=scheme).encode
 
 
 # ---- Shards: the llm.c format, one writer and one reader -------------------------------------------------------------
@@ -201,7 +302,10 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 class Dataset:
-    """A folder of shards, checked as far as headers and sizes go. Raises ValueError with what to do about it."""
+    """A folder of shards, checked as far as headers and sizes go. Raises ValueError with what to do about it.
+
+    While `download` fills the folder, shards that are announced but not there yet count as there; reading one waits.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -209,15 +313,24 @@ class Dataset:
         self.tokenizer: dict[str, Any] = self.meta["tokenizer"]
         self.dtype = token_dtype(self.tokenizer["vocab_size"])
         for shard in self.meta["shards"]:
-            self.read(shard)
-        identity = [self.tokenizer, [(s["file"], s["tokens"], s.get("sha256")) for s in self.meta["shards"]]]
-        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+            if not (self.is_arriving and not (self.folder / shard["file"]).exists()):
+                self.read(shard)
+        # A download is known by its commit from the start; everything else by the checksums of its shards.
+        shards = [(s["file"], s["tokens"], s.get("origin") or s.get("sha256")) for s in self.meta["shards"]]
+        identity = json.dumps([self.tokenizer, self.meta.get("revision"), shards])
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    @property
+    def is_arriving(self) -> bool:
+        return "origin" in self.meta["shards"][0] and not (self.folder / "meta.json").exists()
 
     def shards(self, split: str) -> list[dict[str, Any]]:
         return [shard for shard in self.meta["shards"] if shard["split"] == split]
 
     def read(self, shard: Mapping[str, Any]) -> np.ndarray:
         path = self.folder / shard["file"]
+        if not path.exists() and self.is_arriving:
+            self._wait_for(path)
         tokens = read_shard(path)
         if len(tokens) != shard["tokens"] or tokens.dtype != self.dtype:
             raise ValueError(
@@ -226,33 +339,48 @@ class Dataset:
             )
         return tokens
 
+    def _wait_for(self, path: Path) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"waiting for the download of {path}", file=sys.stderr, flush=True)
+        while not path.exists():
+            try:
+                with _locked(self.folder):  # free: nobody downloads
+                    if path.exists():
+                        return
+                    raise ValueError(f"{path} is missing and nothing downloads it; run the same download again")
+            except Locked:
+                time.sleep(1)
+
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json, or what can be known about a folder of llm.c shards without one."""
+    """meta.json, the announcement of a download that goes on, or what can be known of llm.c shards without either."""
+    path = folder / "meta.json"
+    if not path.exists():
+        path = folder / "progress.json"
+        if not path.exists():
+            return _foreign_meta(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        shards, tokenizer = meta["shards"], meta["tokenizer"]
-        assert {"file", "split", "tokens"} <= set.intersection(*(set(shard) for shard in shards))
-        assert set(GPT2) <= set(tokenizer)
-    except FileNotFoundError:
-        return _foreign_meta(folder)
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "progress.json":
+            if "revision" not in meta:
+                raise ValueError(f"{folder} is incomplete: run the same prepare again, it goes on where it stopped")
+            meta["tokenizer"] = GPT2
+        assert set(GPT2) <= set(meta["tokenizer"]), "no tokenizer"
+        assert {"file", "split", "tokens"} <= set.intersection(*(set(shard) for shard in meta["shards"])), "no shards"
     except OSError as error:
-        raise ValueError(f"cannot read {folder}/meta.json: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{folder}/meta.json is damaged ({error}); prepare or download the dataset again") from error
-    for shard in shards:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); prepare or download the dataset again") from error
+    for shard in meta["shards"]:
         if not isinstance(shard["file"], str) or Path(shard["file"]).name != shard["file"]:
-            raise ValueError(f"{folder}/meta.json names {shard['file']!r}, a file outside its folder; do not trust it")
+            raise ValueError(f"{path} names {shard['file']!r}, a file outside its folder; do not trust it")
     return meta
 
 
 def _foreign_meta(folder: Path) -> dict[str, Any]:
-    paths = sorted(folder.glob("*.bin"))
-    if (folder / "progress.json").exists():
-        raise ValueError(f"{folder} is incomplete: run the same prepare or download again, it goes on where it stopped")
-    if not paths:
+    shards = [(path, read_shard(path)) for path in sorted(folder.glob("*.bin"))]
+    if not shards:
         raise ValueError(f"no dataset in {folder}; make one: python data_pipeline.py sample|download|prepare")
-    shards = [(path, read_shard(path)) for path in paths]
     if any(tokens.dtype != token_dtype(GPT2["vocab_size"]) for _, tokens in shards):
         raise ValueError(f"{folder} has no meta.json and 32-bit tokens, so its tokenizer is unknown; prepare it again")
     files = [
@@ -265,6 +393,7 @@ def _foreign_meta(folder: Path) -> dict[str, Any]:
 # ---- Order: sequence number -> (source, window), by arithmetic -------------------------------------------------------
 
 BLOCK = 1024  # sequences in which a mixture has its exact counts
+ARRIVING_SHARDS = 4  # that the first epoch of a download mixes at a time: 800 MB until training can start
 U64 = np.uint64
 
 
@@ -318,41 +447,54 @@ class Windows:
         self.shards = dataset.shards(split)
         extra = seq_len - 1 if partial else 0  # partial: the short rest of a shard counts as a window, too
         counts = [max(0, (shard["tokens"] - 1 + extra) // seq_len) for shard in self.shards]
-        self.first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self.count = int(self.first[-1])
+        self.first = [0, *itertools.accumulate(counts)]
+        self.count = self.first[-1]
         self.limit = dataset.tokenizer["vocab_size"]
         self._tokens: dict[int, np.ndarray] = {}
 
     def read(self, window: int) -> np.ndarray:
-        shard = int(np.searchsorted(self.first, window, side="right")) - 1
+        shard = bisect.bisect_right(self.first, window) - 1
         if shard not in self._tokens:
             self._tokens[shard] = self.dataset.read(self.shards[shard])
-        start = (window - int(self.first[shard])) * self.seq_len
+        start = (window - self.first[shard]) * self.seq_len
         tokens = self._tokens[shard][start : start + self.seq_len + 1]
         if tokens.max() >= self.limit:
             name = self.dataset.folder / self.shards[shard]["file"]
             raise ValueError(f"{name} has token {tokens.max()}, the limit is vocab_size={self.limit}: other tokenizer?")
         return tokens
 
+    def groups(self) -> np.ndarray:
+        """Bounds within which the first epoch is shuffled: everything, or, for a download that training may follow,
+        a few shards at a time in the order of their arrival."""
+        step = ARRIVING_SHARDS if "origin" in self.shards[0] else len(self.shards)
+        return np.array([*self.first[:-1:step], self.count])
+
 
 class Order:
     """Sequence p of a run -> (source, window): the same for any number of ranks, nothing to store, O(1) to enter.
 
     A block of 1024 sequences has exact counts per source in a keyed order; a source deals its windows in a new keyed
-    permutation per epoch, each window once per epoch.
+    permutation per epoch, each window once per epoch. `stages` are (first block, weights), the first from block 0.
     """
 
-    def __init__(self, counts: list[int], weights: Iterable[float], seed: int):
-        self.counts, self.seed, self.per_block = counts, seed, mixture_counts(weights)
+    def __init__(self, groups: list[np.ndarray], stages: list[tuple[int, list[float]]], seed: int):
+        self.groups, self.seed = groups, seed
+        self.starts = [start for start, _ in stages]
+        self.per_block = [mixture_counts(weights) for _, weights in stages]
+        lengths = np.diff(self.starts)
+        self.before = [sum((n * c for n, c in zip(lengths[:k], self.per_block)), 0) for k in range(len(stages))]
         self._cached: tuple[int, np.ndarray, np.ndarray] = (-1, np.zeros(0), np.zeros(0))
 
     def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, running number within its source) of each of the block's sequences."""
         if self._cached[0] != number:
+            stage = bisect.bisect_right(self.starts, number) - 1
+            per_block = self.per_block[stage]
+            first = self.before[stage] + (number - self.starts[stage]) * per_block
             slots = permute(np.arange(BLOCK), BLOCK, key_of(self.seed, 1, number))
-            source, index = np.searchsorted(np.cumsum(self.per_block), slots, side="right"), np.zeros(BLOCK, np.int64)
+            source, index = np.searchsorted(np.cumsum(per_block), slots, side="right"), np.zeros(BLOCK, np.int64)
             for s in np.unique(source):
-                index[source == s] = np.arange(int(self.per_block[s]))
+                index[source == s] = first[s] + np.arange(int(per_block[s]))
             self._cached = number, source, index
         return self._cached[1:]
 
@@ -363,7 +505,6 @@ class Order:
         while done < n:
             number, start = divmod(p + done, BLOCK)
             source, index = (part[start : start + n - done] for part in self._block(number))
-            index = index + number * self.per_block[source]
             for s in np.unique(source):
                 at = np.flatnonzero(source == s)
                 windows[done + at] = self._window(int(s), index[at])
@@ -372,8 +513,20 @@ class Order:
         return sources, windows
 
     def _window(self, source: int, index: np.ndarray) -> np.ndarray:
-        epoch, i = np.divmod(index, self.counts[source])
-        return permute(i, self.counts[source], key_of(self.seed, 2, source, epoch))
+        """The window that a source deals as its index-th."""
+        groups = self.groups[source]
+        epoch, i = np.divmod(index, groups[-1])
+        first, count = np.zeros_like(i), np.full_like(i, groups[-1])
+        if len(groups) > 2:
+            group = np.searchsorted(groups, i, side="right") - 1
+            first = np.where(epoch == 0, groups[group], 0)
+            count = np.where(epoch == 0, groups[group + 1] - groups[group], groups[-1])
+        window = np.empty_like(i)
+        for n, offset in set(zip(count.tolist(), first.tolist())):
+            at = np.flatnonzero((count == n) & (first == offset))
+            key = key_of(self.seed, 2, source, epoch[at], offset)
+            window[at] = offset + permute(i[at] - offset, n, key)
+        return window
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
@@ -383,22 +536,40 @@ class Order:
 class DataConfig:
     """Where the training tokens come from."""
 
-    sources: dict[str, float] = field(
-        default_factory=lambda: {"data/fineweb_edu": 1.0}
-    )  # shard folders, or a=0.7,b=0.3
+    sources: dict[str, float] = field(default_factory=lambda: {"data/fineweb_edu": 1.0})  # shard folders, a=0.7,b=0.3
+    stages: str = ""  # other weights from a step on: "2000: a=0.5,b=0.5; 9000: b=1", rounded to 1024 sequences
+    unique_tokens: int | None = None  # train on the first N tokens only, over and over; split by weight
 
     def __post_init__(self) -> None:
-        _check_weights(self.sources)
+        parse_stages(self.stages, self.sources)
+        if self.unique_tokens is not None and self.unique_tokens < 1:
+            raise ValueError(f"unique_tokens={self.unique_tokens} must be at least 1, or none")
+
+
+def parse_stages(text: str, sources: Mapping[str, float]) -> list[tuple[int, list[float]]]:
+    """(step, one weight per source), from step 0 with the weights of `sources` on. ValueError if it makes no sense."""
+    stages = [(0, dict(sources))]
+    for part in filter(str.strip, text.split(";")):
+        step, _, mixture = part.partition(":")
+        try:
+            pairs = [pair.rpartition("=") for pair in mixture.split(",")]
+            stages.append((int(step), {name.strip(): float(weight) for name, _, weight in pairs}))
+        except ValueError as error:
+            raise ValueError(f'stages: cannot read {part.strip()!r}; write "STEP: FOLDER=WEIGHT,..."') from error
+        if stages[-1][0] <= stages[-2][0] or not stages[-1][1].keys() <= sources.keys():
+            known = ", ".join(sources)
+            raise ValueError(f"stages: {part.strip()!r} needs a later step than the one before, and only {known}")
+    for _, weights in stages:
+        _check_weights(weights)
+    return [(step, [weights.get(name, 0.0) for name in sources]) for step, weights in stages]
 
 
 def _check_weights(sources: Mapping[str, float]) -> None:
-    if not sources or min(sources.values()) < 0 or sum(sources.values()) <= 0:
+    if not sources or min(sources.values()) < 0 or not 0 < sum(sources.values()) < np.inf:
         raise ValueError(f"sources={dict(sources)} needs one folder or more, with weights >= 0 and one above 0")
     for (name, weight), count in zip(sources.items(), mixture_counts(sources.values())):
         if weight and not count:
-            raise ValueError(
-                f"sources: weight {weight:g} of {name} is less than one sequence in {BLOCK}; raise it or 0"
-            )
+            raise ValueError(f"sources: weight {weight:g} of {name} gives it not one sequence in {BLOCK}; raise it")
 
 
 def _open_sources(sources: Mapping[str, float], vocab_size: int | None) -> list[Dataset]:
@@ -423,6 +594,32 @@ def _identity(dataset: Dataset) -> str:
     return f"{dataset.tokenizer['name']} ({dataset.tokenizer['sha256'][:12]})"
 
 
+def _train_groups(windows: Windows) -> np.ndarray:
+    if not windows.count:
+        tokens = sum(shard["tokens"] for shard in windows.shards)
+        raise ValueError(
+            f"{windows.dataset.folder}: no train shard holds a sequence of seq_len + 1 = {windows.seq_len + 1} tokens "
+            f"({tokens:,} in all); lower seq_len or add data"
+        )
+    return windows.groups()
+
+
+def _first_tokens(
+    windows: list[Windows], groups: list[np.ndarray], weights: list[float], unique_tokens: int
+) -> list[np.ndarray]:
+    """The groups cut off after each source's share of the first `unique_tokens`."""
+    cut = []
+    for source, bounds, weight in zip(windows, groups, weights):
+        count = int(unique_tokens * weight / sum(weights)) // source.seq_len
+        if not 0 < count <= source.count:
+            raise ValueError(
+                f"unique_tokens={unique_tokens:,} means {count:,} sequences of {source.dataset.folder}, "
+                f"which has {source.count:,}; choose another number"
+            )
+        cut.append(np.append(bounds[bounds < count], count))
+    return cut
+
+
 class TokenLoader:
     """Endless training batches of one rank. Sequence p of the run is the same for any number of ranks:
     p = step * batch_sequences + (micro_step * world_size + rank) * batch_size + row."""
@@ -439,32 +636,31 @@ class TokenLoader:
         seed: int = 0,
         vocab_size: int | None = None,
         pin_memory: bool = False,
+        stages: str = "",
+        unique_tokens: int | None = None,
     ):
-        _check_weights(sources)
+        mixtures = parse_stages(stages, sources)
         assert batch_sequences % (batch_size * world_size) == 0, (batch_sequences, batch_size, world_size)
         self.seq_len, self.batch_size, self.rank, self.pin_memory = seq_len, batch_size, rank, pin_memory
         self._stride = batch_size * world_size  # sequences of all ranks per next()
         datasets = _open_sources(sources, vocab_size)
         self.tokenizer: dict[str, Any] = datasets[0].tokenizer
-        weighted = [dataset for dataset, weight in zip(datasets, sources.values()) if weight]
-        weights = [weight for weight in sources.values() if weight]
+        used = [any(weights[i] for _, weights in mixtures) for i in range(len(sources))]  # the others only validate
+        mixtures = [(step, [w for w, use in zip(weights, used) if use]) for step, weights in mixtures]
+        weighted = [dataset for dataset, use in zip(datasets, used) if use]
         self._windows = [Windows(dataset, "train", seq_len) for dataset in weighted]
-        for windows in self._windows:
-            if not windows.count:
-                tokens = sum(shard["tokens"] for shard in windows.shards)
-                raise ValueError(
-                    f"{windows.dataset.folder}: no train shard holds a sequence of seq_len + 1 = {seq_len + 1} tokens "
-                    f"({tokens:,} in all); lower seq_len or add data"
-                )
-        counts = [windows.count for windows in self._windows]
-        self.tokens_per_epoch = seq_len * sum(counts)
-        self._order = Order(counts, weights, seed)
-        identity = [seq_len, seed, weights, [dataset.fingerprint for dataset in weighted]]
+        self._groups = [_train_groups(windows) for windows in self._windows]
+        if unique_tokens is not None:
+            self._groups = _first_tokens(self._windows, self._groups, mixtures[0][1], unique_tokens)
+        self.tokens_per_epoch = seq_len * sum(int(groups[-1]) for groups in self._groups)
+        blocks = [(-(-step * batch_sequences // BLOCK), weights) for step, weights in mixtures]
+        self._order = Order(self._groups, blocks, seed)
+        identity = [seq_len, seed, blocks, unique_tokens, [dataset.fingerprint for dataset in weighted]]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         self._sequences, self._thread, self._stop = 0, None, threading.Event()
         if rank == 0:
             for dataset in weighted:
-                if "sha256" not in dataset.meta["shards"][0]:
+                if not {"sha256", "origin"} & dataset.meta["shards"][0].keys():
                     print(f"{dataset.folder}: {dataset.meta['source']}", file=sys.stderr)
 
     def next(self) -> tuple["Tensor", "Tensor"]:
@@ -569,6 +765,10 @@ def _fixed_batches(
 # ---- Making a dataset: tokens to shards, resumable -------------------------------------------------------------------
 
 
+class Locked(ValueError):
+    """Another process writes to the folder."""
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder against a second writer; the lock dies with its process, nothing is left on the disk."""
@@ -583,7 +783,7 @@ def _locked(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise ValueError(f"another process is writing to {folder}; wait for it or choose another --out_dir") from error
+        raise Locked(f"another process is writing to {folder}; wait for it or choose another --out_dir") from error
     try:
         yield
     finally:
@@ -881,9 +1081,10 @@ class Encoded(NamedTuple):
 class Encoder:
     """Chunk -> Encoded. Each worker process has one."""
 
-    def __init__(self, tokenizer: str, text_key: str):
+    def __init__(self, tokenizer: str, text_key: str, fast: bool = False):
         self.ids, _, name = tokenizer.rpartition(":")
         self.tokenizer, self.text_key = load_tokenizer(name), text_key
+        self.tokenizer.fast = fast_encoder(self.tokenizer) if fast else None
         self.eot = np.array([self.tokenizer.eot_id], np.uint32)
 
     def __call__(self, chunk: Chunk) -> Encoded:
@@ -936,11 +1137,11 @@ class Encoder:
 _encoder: Encoder  # of a worker process
 
 
-def _start_worker(tokenizer: str, text_key: str) -> None:
+def _start_worker(*setup: Any) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
     threading.Thread(target=_follow_parent, daemon=True).start()
-    _encoder = Encoder(tokenizer, text_key)
+    _encoder = Encoder(*setup)
 
 
 def _follow_parent() -> None:
@@ -955,16 +1156,39 @@ def _encode(chunk: Chunk) -> Encoded:
     return _encoder(chunk)
 
 
-def _encode_all(
-    chunks: Iterator[Chunk], tokenizer: str, text_key: str, workers: int
-) -> Iterator[tuple[Chunk, Encoded]]:
+ODD = (
+    "I'm you'll WE'VE don't 3.14159 1,000,000 2\u00b2 x=[i**2 for i in range(10)]; \n\n\n  \t\r\n \u00a0\u3000 caf\u00e9 cafe\u0301 "
+    "\u732b\u3092\u98fc\u3046 \u0645\u0631\u062d\u0628\u0627 \ud55c\uad6d\uc5b4 \U0001f468\u200d\U0001f469\u200d\U0001f467 \x00\x1b[0m <|endoftext|> https://a.b/?c=d&e=%20#f _x_ "
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa          !!!??? \ufeff\ufffd \u01c5 \u2167 \u0e44\u0e17\u0e22 end  "
+)
+
+
+def choose_encoder(tokenizer: str, text_key: str, probe: Iterable[Chunk]) -> tuple[bool, str]:
+    """(fast?, name): the fast encoder only where it gives the tokens of the slow one, on odd strings, on prose and on
+    the beginning of the text itself."""
+    from pydoc_data.topics import topics
+
+    fast, slow = Encoder(tokenizer, text_key, fast=True), Encoder(tokenizer, text_key)
+    package = "tokenizers" if isinstance(slow.tokenizer._encoding, _HuggingFaceEncoding) else "tiktoken"
+    name = f"{package} {importlib.metadata.version(package)}"
+    if fast.ids or fast.tokenizer.fast is None:
+        return False, name
+    odd = Chunk(0, 0, "values", [ODD[i:] + ODD[:i] for i in range(len(ODD))] + list(topics.values()), 0)
+    for chunk in (odd, *probe):
+        if not np.array_equal(fast(chunk).tokens, slow(chunk).tokens):
+            print(f"the fast encoder and {package} disagree on {tokenizer}; using {package}", file=sys.stderr)
+            return False, name
+    return True, "numpy" if tokenizer == "bytes" else f"gigatoken {importlib.metadata.version('gigatoken')}"
+
+
+def _encode_all(chunks: Iterator[Chunk], setup: tuple[str, str, bool], workers: int) -> Iterator[tuple[Chunk, Encoded]]:
     """In the order of the chunks, whatever the number of workers; at most 2 chunks per worker are in memory."""
     if workers == 1:
-        encoder = Encoder(tokenizer, text_key)
+        encoder = Encoder(*setup)
         yield from ((chunk._replace(data=None), encoder(chunk)) for chunk in chunks)
         return
     context = multiprocessing.get_context("spawn")  # fork is unsafe beside threads
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, text_key))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, setup)
     waiting: deque[tuple[Chunk, Future[Encoded]]] = deque()
     try:
         for chunk in chunks:
@@ -1060,6 +1284,7 @@ def prepare(
     val_source: str | None = None,  # validation text; without it, val* files of a folder, or the first val_tokens
     val_tokens: int | None = None,  # first tokens that validate, whole documents (1% of the bytes, at most 10M)
     shard_tokens: int = 100_000_000,  # tokens per shard
+    fast: bool = True,  # encode with the package gigatoken, where it is installed and agrees with tiktoken
     on_error: Literal["stop", "skip"] = "stop",  # at a record without text; skip counts and shows them
     workers: int | None = None,  # processes, the result is the same for any number (one per core)
 ) -> None:
@@ -1081,14 +1306,17 @@ def prepare(
     with _locked(Path(out_dir)):
         writer = ShardWriter(Path(out_dir), job, identity, shard_tokens)
         if not writer.done:
+            probe = itertools.islice(read_chunks(found.paths, text_key), 1)
+            fast, encoder = choose_encoder(tokenizer, text_key, probe) if fast else (False, "tiktoken")
             chunks = read_chunks(found.paths, text_key, *writer.position[:2])
-            _tokenize(writer, found, _encode_all(chunks, tokenizer, text_key, workers or _cores()), on_error == "skip")
+            setup = tokenizer, text_key, fast
+            _tokenize(writer, found, _encode_all(chunks, setup, workers or _cores()), on_error == "skip")
             if not writer.tokens("train"):
                 have = writer.tokens("val")
                 writer.discard()
                 missing = f"all {have:,} tokens are for validation, lower val_tokens" if have else "it holds no text"
                 raise ValueError(f"source {source!r} leaves nothing to train on: {missing}")
-            writer.finish(len(found.paths), source=source, skipped=writer.progress["skipped"])
+            writer.finish(len(found.paths), source=source, encoder=encoder, skipped=writer.progress["skipped"])
     info(out_dir)
 
 
@@ -1308,7 +1536,160 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (sample, download, prepare, verify, info)}
+# ---- Decontaminate: training documents that share long word sequences with evaluation items --------------------------
+
+WORD = re.compile(rb"[a-z0-9\x80-\xff]+")  # of lower-case bytes; punctuation and spacing do not hide a copy
+SHORTEST = 8  # items of fewer words are too common to search for
+
+
+class Ngrams:
+    """The n-grams of evaluation items as sorted 64-bit hashes. An item of fewer than n words is one shorter n-gram."""
+
+    def __init__(self, items: list[list[bytes]], n: int):
+        self.number: dict[bytes, int] = {}  # of a word; 0 for words that no item has
+        grams: dict[int, dict[int, int]] = {}
+        for item, words in enumerate(items):
+            ids = np.array([self.number.setdefault(word, len(self.number) + 1) for word in words])
+            if len(ids) >= SHORTEST:
+                length = min(n, len(ids))
+                grams.setdefault(length, {}).update(dict.fromkeys(_rolling(ids, length).tolist(), item))
+        self.tables = [(length, *_sorted_table(table)) for length, table in grams.items()]
+
+    def find(self, text: bytes) -> int | None:
+        """The item that `text` shares an n-gram with."""
+        ids = np.array([self.number.get(word, 0) for word in WORD.findall(text.lower())])
+        for length, hashes, items in self.tables:
+            found = _rolling(ids, length)
+            at = np.searchsorted(hashes, found).clip(max=len(hashes) - 1)
+            if (hits := np.flatnonzero(hashes[at] == found)).size:
+                return int(items[at[hits[0]]])
+        return None
+
+
+def _rolling(ids: np.ndarray, n: int) -> np.ndarray:
+    """One hash per n consecutive ids."""
+    count = max(0, len(ids) - n + 1)
+    hashes = np.zeros(count, U64)
+    for k in range(n):
+        hashes = mix(hashes, ids[k : k + count].astype(U64))
+    return hashes
+
+
+def _sorted_table(table: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    hashes, items = np.array(list(table), U64), np.array(list(table.values()))
+    order = np.argsort(hashes)
+    return hashes[order], items[order]
+
+
+def _item_words(path: str) -> list[list[bytes]]:
+    """The words of each item of a JSONL file: HellaSwag's context and right ending, or all strings of another kind."""
+    items = []
+    try:
+        for line in Path(path).read_bytes().splitlines():
+            item = json.loads(line)
+            ending = [item["ctx"], item["endings"][int(item["label"])]] if "endings" in item else []
+            text = " ".join(ending or [value for value in item.values() if isinstance(value, str)])
+            items.append(WORD.findall(text.lower().encode()))
+    except FileNotFoundError as error:
+        fetch = "fetch it with: python eval_hellaswag.py --download" if path == HELLASWAG else "check --against"
+        raise ValueError(f"{path}: no such file; {fetch}") from error
+    except (ValueError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path}:{len(items) + 1}: not an evaluation item ({error})") from error
+    return items
+
+
+def _contaminated(dataset: Dataset, number: int, ngrams: Ngrams) -> tuple[int, list[tuple[int, int, int]]]:
+    """(documents that begin in train shard `number`, [(begin, end, item)] of the contaminated ones, in tokens)."""
+    tokenizer, eot_id = (
+        load_tokenizer(dataset.tokenizer["name"], dataset.tokenizer["sha256"]),
+        dataset.tokenizer["eot_id"],
+    )
+    shards = dataset.shards("train")
+    before = read_shard(dataset.folder / shards[number - 1]["file"])[-1] if number else eot_id
+    tokens = dataset.read(shards[number])
+    ends = (np.flatnonzero(tokens == eot_id) + 1).tolist()
+    begins = ([0] if before == eot_id else []) + [end for end in ends if end < len(tokens)]
+    hits = []
+    for begin in begins:
+        place = bisect.bisect_right(ends, begin)
+        end = ends[place] if place < len(ends) else len(tokens)
+        document = [*tokens[begin:end].tolist()]
+        for shard in shards[number + 1 :] if end == len(tokens) and document[-1] != eot_id else []:
+            more = dataset.read(shard)
+            stop = np.flatnonzero(more == eot_id)
+            document += more[: stop[0] + 1 if len(stop) else None].tolist()
+            if len(stop):
+                break
+        item = ngrams.find(tokenizer.decode_bytes(document))
+        if item is not None:
+            hits.append((begin, begin + len(document), item))
+    return len(begins), hits
+
+
+HELLASWAG = "data/hellaswag_val.jsonl"
+
+
+def decontaminate(
+    out_dir: str = "data/fineweb_edu",  # folder of the dataset
+    against: str = "hellaswag",  # hellaswag, or a JSONL file of evaluation items
+    ngram: int = 13,  # words in a row that make a document contaminated
+    write: str | None = None,  # folder for a copy without the contaminated documents (none: only report)
+    workers: int | None = None,  # processes (one per core)
+) -> None:
+    """Count, and with --write leave out, training documents that share n-grams with evaluation items."""
+    if ngram < SHORTEST:
+        raise ValueError(f"ngram={ngram} is below {SHORTEST}: common phrases would count as copies")
+    items = _item_words(HELLASWAG if against == "hellaswag" else against)
+    dataset, ngrams = Dataset(out_dir), Ngrams(items, ngram)
+    shards, started = dataset.shards("train"), time.perf_counter()
+    search = functools.partial(_contaminated, dataset, ngrams=ngrams)
+    with ProcessPoolExecutor(workers or _cores(), multiprocessing.get_context("spawn")) as pool:
+        found = list(tqdm(pool.map(search, range(len(shards))), total=len(shards), desc="search", disable=None))
+    seconds, tokens = time.perf_counter() - started, sum(shard["tokens"] for shard in shards)
+    documents, hits = sum(count for count, _ in found), [hit for _, hits in found for hit in hits]
+    short = sum(len(words) < SHORTEST for words in items)
+    print(
+        f"{out_dir}: {len(hits):,} of {documents:,} training documents ({len(hits) / documents:.4%}) share {ngram} words"
+    )
+    print(
+        f"  in a row with {len({item for *_, item in hits}):,} of {len(items):,} items of {against}; {short} items too short"
+    )
+    print(f"  {tokens / seconds / 1e6:.2f}M tokens/s with {workers or _cores()} processes")
+    if write is not None:
+        _write_without(dataset, Path(write), [hits for _, hits in found], {"against": against, "ngram": ngram})
+
+
+def _write_without(
+    dataset: Dataset, folder: Path, hits: list[list[tuple[int, int, int]]], facts: dict[str, Any]
+) -> None:
+    """Copy the dataset but for the documents `hits`, which are (begin, end, item) per train shard."""
+    train = dataset.shards("train")
+    first = [0, *itertools.accumulate(shard["tokens"] for shard in train)]
+    keep = [np.ones(shard["tokens"], bool) for shard in train]
+    for number, found in enumerate(hits):
+        for begin, end, _ in found:  # a document may end some shards after its own
+            for k in range(number, len(train)):
+                offset = first[number] - first[k]
+                keep[k][max(0, begin + offset) : max(0, end + offset)] = False
+    job = {"copy_of": str(dataset.folder), "fingerprint": dataset.fingerprint, **facts}
+    with _locked(folder):
+        writer = ShardWriter(folder, job, dataset.tokenizer, max(shard["tokens"] for shard in dataset.meta["shards"]))
+        if not writer.done:
+            writer.discard()
+            for shard in dataset.shards("val"):
+                writer.add("val", np.asarray(dataset.read(shard)))
+            for shard, kept in zip(train, keep):
+                writer.add("train", dataset.read(shard)[kept])
+            removed = sum(map(len, hits))
+            writer.finish(0, source=f"{dataset.meta.get('source')} less {removed:,} documents", removed=removed)
+    info(str(folder))
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command for command in (sample, download, prepare, verify, info, decontaminate)
+}
 
 
 def main() -> None:

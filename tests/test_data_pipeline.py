@@ -7,6 +7,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import itertools
 import json
 import lzma
 import os
@@ -126,6 +127,57 @@ def test_offline_vocabulary_is_one_clear_line(tmp_path):
     assert "TIKTOKEN_CACHE_DIR" in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "d").exists()
+
+
+def test_the_fast_encoder_gives_the_same_tokens(tmp_path, monkeypatch):
+    pytest.importorskip("gigatoken")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken_cache")))
+    source = str(shared("data/textbooks/val-00.jsonl.gz"))
+    for fast in True, False:
+        prepare(source, str(tmp_path / f"{fast}"), fast=fast, workers=1)
+    assert hashes(tmp_path / "True") == hashes(tmp_path / "False")
+    metas = [json.loads((tmp_path / name / "meta.json").read_text()) for name in ("True", "False")]
+    assert [meta["encoder"].split()[0] for meta in metas] == ["gigatoken", "tiktoken"]
+
+
+def test_a_fast_encoder_that_differs_is_not_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        data_pipeline, "fast_encoder", lambda tokenizer: lambda data: np.frombuffer(data[::-1], np.uint8)
+    )
+    path = write_jsonl(tmp_path / "x.jsonl", DOCUMENTS)
+    prepare(str(path), str(tmp_path / "d"), tokenizer="bytes", val_tokens=0, workers=1)
+    assert texts_of(tmp_path / "d", "train") == DOCUMENTS
+    assert "disagree" in capsys.readouterr().err
+
+
+def test_a_tokenizer_json(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|pad|>", "<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(DOCUMENTS, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (made.get_vocab_size(), 1)
+    for text in DOCUMENTS[:20]:
+        tokens = tokenizer.encode(text)
+        assert tokenizer.eot_id not in tokens  # though the text spells it
+        assert tokenizer.decode(tokens) == text
+        assert tokenizer.byte_lengths()[tokens].sum() == len(text.encode())
+    path = write_jsonl(tmp_path / "x.jsonl", DOCUMENTS)
+    prepare(str(path), str(tmp_path / "d"), tokenizer=str(tmp_path), val_tokens=0, workers=1)
+    tokens = all_tokens(tmp_path / "d", "train")
+    assert tokenizer.decode(tokens.tolist()) == "".join(text + "<|endoftext|>" for text in DOCUMENTS)
+    info = Dataset(tmp_path / "d").tokenizer
+    assert load_tokenizer(info["name"], info["sha256"]).vocab_size == tokenizer.vocab_size
+    made.add_tokens(["another"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="was made with"):
+        load_tokenizer(info["name"], info["sha256"])
 
 
 # ---- Shards
@@ -419,6 +471,50 @@ def test_download_is_what_the_hub_has(hub, tmp_path):
     assert TokenLoader({f"{tmp_path}/d": 1.0}, seq_len=16, batch_size=1, batch_sequences=1).tokens_per_epoch == 79_968
 
 
+def test_training_follows_a_download(hub, tmp_path):
+    """The order of a run that starts with the first shards is the order of a run that finds them all."""
+    env, server = hub
+    for i in range(4, 13):
+        server.files[f"edu_train_{i:06}.bin"] = server.files["edu_train_000001.bin"][:1024] + (
+            np.random.default_rng(i).integers(0, 50257, 40_000).astype("<u2").tobytes()
+        )
+    server.delay_s = 0.3
+    folder = tmp_path / "d"
+    options = ["download", "--repo=me/shards", "--num_shards=12", f"--out_dir={folder}"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "data_pipeline.py"), *options], env=os.environ | env)
+    while not list(folder.glob("train_*")):
+        time.sleep(0.02)
+    common: dict[str, Any] = {"seq_len": 100, "batch_size": 50, "batch_sequences": 50}
+    followed = TokenLoader({str(folder): 1.0}, **common)
+    assert not (folder / "meta.json").exists()
+    assert len(list(folder.glob("train_*"))) < 12
+    batches = [followed.next()[0] for _ in range(2 * 12 * 399 // 50)]
+    assert process.wait(timeout=60) == 0
+    found = TokenLoader({str(folder): 1.0}, **common)
+    found.load_state_dict(followed.state_dict() | {"sequences": 0})  # the fingerprint is the same
+    assert all((found.next()[0] == batch).all() for batch in batches)
+    rows = [tuple(row.tolist()) for batch in batches for row in batch]
+    assert len(set(rows[: 12 * 399])) == 12 * 399  # each window once in the first epoch
+    for loader in followed, found:
+        loader.close()
+
+
+def test_a_download_that_stopped_does_not_hang_the_training(hub, tmp_path):
+    env, server = hub
+    server.wrong["edu_train_000003.bin"] = [b""] * 100
+    options = ["download", "--repo=me/shards", "--num_shards=3", f"--out_dir={tmp_path}/d"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "data_pipeline.py"), *options], env=os.environ | env)
+    while len(list((tmp_path / "d").glob("train_*"))) < 2:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    loader = TokenLoader({f"{tmp_path}/d": 1.0}, seq_len=100, batch_size=50, batch_sequences=50)
+    with pytest.raises(ValueError, match=r"train_000002\.bin is missing and nothing downloads it"):
+        for _ in range(3 * 399 // 50):
+            loader.next()
+    loader.close()
+
+
 def test_download_that_cannot_be(hub, tmp_path):
     env, _ = hub
     for option, message in [
@@ -429,6 +525,46 @@ def test_download_that_cannot_be(hub, tmp_path):
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
         assert message in result.stderr
         assert not (tmp_path / "d").exists()
+
+
+# ---- Decontaminate
+
+
+def test_planted_items_are_found_and_removed(tmp_path, monkeypatch, capsys):
+    """All of 500 real HellaSwag items, re-spaced, re-cased and cut across shards, and nothing of 1,000 documents."""
+    items = [json.loads(line) for line in shared("data/hellaswag_val_2000.jsonl").read_text().splitlines()[::4]]
+    files = [shared(f"data/textbooks/train-0{i}.jsonl.gz") for i in range(4)]
+    lines = [line for file in files for line in gzip.decompress(file.read_bytes()).splitlines()]
+    clean = [json.loads(line)["text"][:6000] for line in lines[:1000]]
+    planted = [
+        f"{clean[i][:300]}\n\n{item['ctx'].upper()}\n  {item['endings'][int(item['label'])]} -- {clean[-i][:300]}"
+        for i, item in enumerate(items)
+    ]
+    mixed = [text for pair in itertools.zip_longest(clean, planted) for text in pair if text is not None]
+    source = write_jsonl(tmp_path / "x.jsonl", mixed)
+    write_jsonl(tmp_path / "val.jsonl", planted[:5])
+    options = {"tokenizer": "bytes", "val_source": str(tmp_path / "val.jsonl"), "shard_tokens": 700_000}
+    prepare(str(source), str(tmp_path / "d"), workers=1, **options)
+    data_pipeline.decontaminate(
+        str(tmp_path / "d"), against=str(shared("data/hellaswag_val_2000.jsonl")), write=str(tmp_path / "e"), workers=2
+    )
+    assert "500 of 1,500 training documents" in capsys.readouterr().out
+    assert texts_of(tmp_path / "e", "train") == clean
+    assert texts_of(tmp_path / "e", "val") == planted[:5]
+    assert cli("verify", f"--out_dir={tmp_path}/e").returncode == 0
+
+
+def test_decontaminate_says_what_it_needs(tmp_path):
+    sample(str(tmp_path / "d"))
+    (tmp_path / "x.jsonl").write_text('{"ctx": "a", "endings": ["b"], "label": "3"}')
+    for option, message in [
+        ("--against=nowhere.jsonl", "nowhere.jsonl: no such file"),
+        (f"--against={tmp_path}/x.jsonl", "x.jsonl:1: not an evaluation item"),
+        ("--ngram=3", "ngram=3 is below 8"),
+    ]:
+        result = cli("decontaminate", f"--out_dir={tmp_path}/d", option)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+        assert message in result.stderr
 
 
 # ---- Loader
@@ -518,8 +654,36 @@ def test_mixtures_are_exact_in_every_block(tmp_path, world_size):
     assert len({tuple(row[0] for row in rows[s : s + 1024]) for s in (0, 1024)}) == 2
 
 
+def test_stages_change_the_weights_at_a_step(tmp_path):
+    a, b, c = (str(write_dataset(tmp_path / n, [np.full(3000, i)])) for i, n in enumerate("abc"))
+    options = {"stages": f"2: {b}=1; 4: {a}=0.5,{c}=0.5", "batch_sequences": 1024, "batch_size": 256}
+    rows = run_ranks({a: 0.75, b: 0.25, c: 0.0}, 24, 1, **options)
+    counts = [[sum(row[0] == i for row in rows[s : s + 1024]) for i in range(3)] for s in range(0, 6 * 1024, 1024)]
+    assert counts == [[768, 256, 0]] * 2 + [[0, 1024, 0]] * 2 + [[512, 0, 512]] * 2
+    assert (
+        run_ranks({a: 0.75, b: 0.25, c: 0.0}, 6, 2, skip=3 * 1024, **options | {"batch_size": 128})[:1536]
+        == (rows[3 * 1024 : 3 * 1024 + 1536])
+    )
+
+
+def test_stages_that_make_no_sense():
+    for stages in "x", "5: a=1; 5: a=1", "5: b=1", "5: a=-1", "5: a=0", "5: a=x", "0: a=1":
+        with pytest.raises(ValueError, match=r"stages|sources"):
+            data_pipeline.DataConfig(sources={"a": 1.0}, stages=stages)
+
+
+def test_unique_tokens_are_the_first_ones_every_epoch(data):
+    windows = [tuple(range(i, i + 17)) for i in range(0, 20 * 16, 16)]
+    rows = run_ranks({str(data): 1.0}, 60, 1, 1, unique_tokens=20 * 16 + 5)
+    epochs = [rows[i : i + 20] for i in (0, 20, 40)]
+    assert all(sorted(epoch) == windows for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    with pytest.raises(ValueError, match=r"unique_tokens=9,999 means 624 sequences.* has 61"):
+        TokenLoader({str(data): 1.0}, seq_len=16, batch_size=1, batch_sequences=1, unique_tokens=9999)
+
+
 def test_each_source_of_a_mixture_has_exact_epochs():
-    order = Order([61, 7], [0.8, 0.2], seed=3)
+    order = Order([np.array([0, 61]), np.array([0, 7])], [(0, [0.8, 0.2])], seed=3)
     sources, windows = order.locate(0, 5000)
     for source, count in enumerate((61, 7)):
         dealt = windows[sources == source]
