@@ -260,16 +260,19 @@ def _from_seed(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """A checkpoint of the seed in our format; ValueError if its configuration is missing."""
     old = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): value for name, value in state["model_state_dict"].items()}
     shape = state.get("config")
-    if not isinstance(shape, dict) or "embeddings.weight" not in old or "layers.0.ffn.w_gate.weight" not in old:
+    known = {"embeddings.weight", "layers.0.ffn.w_gate.weight"} <= old.keys()
+    if not known or not isinstance(shape, dict) or "n_heads" not in shape:
         raise ValueError(
-            f"{path} looks like a checkpoint of another project: `config` or `embeddings.weight` is missing"
+            f"{path} looks like a checkpoint of another project: `embeddings.weight` or `n_heads` in its `config` is missing"
         )
+    if not torch.equal(old.get("lm_head.weight", old["embeddings.weight"]), old["embeddings.weight"]):
+        raise ValueError(f"{path} has an output head of its own; the seed's models share it with the embedding")
     vocab_size, dim = old["embeddings.weight"].shape
     config = {
         "dim": dim,
         "n_layers": 1 + max(int(m[1]) for name in old if (m := re.match(r"layers\.(\d+)\.", name))),
-        "n_heads": shape.get("n_heads", 16),
-        "n_kv_heads": shape.get("n_kv_heads", shape.get("n_heads", 16)),
+        "n_heads": shape["n_heads"],
+        "n_kv_heads": shape.get("n_kv_heads", shape["n_heads"]),
         "ffn_dim": old["layers.0.ffn.w_gate.weight"].shape[0],
         "vocab_size": vocab_size,
         "seq_len": shape.get("seq_len", 1024),
