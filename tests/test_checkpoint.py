@@ -416,3 +416,19 @@ def test_a_checkpoint_of_the_seed_gives_the_logits_of_its_formula(n_kv_heads, pr
     assert model.config.seq_len == 24 and model.num_params() == sum(
         value.numel() for name, value in weights.items() if "cached" not in name and name != "lm_head.weight"
     )
+
+
+@pytest.mark.parametrize(
+    ("parts", "hint"),
+    [
+        ({"config": {}}, "`n_heads` in its `config` is missing"),
+        ({"config": None}, "`n_heads` in its `config` is missing"),
+        ({"model_state_dict": {**seed_weights(4), "lm_head.weight": torch.ones(97, 32)}}, "an output head of its own"),
+    ],
+)
+def test_a_checkpoint_almost_like_the_seeds_is_refused_instead_of_guessed(parts, hint, tmp_path):
+    state = {"model_state_dict": seed_weights(4), "config": SEED, "step": 1, **parts}
+    torch.save(state, tmp_path / "seed.pt")
+    with pytest.raises(ValueError, match=hint) as error:
+        checkpoint.load_model(tmp_path / "seed.pt")
+    assert "seed.pt" in str(error.value)

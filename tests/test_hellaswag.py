@@ -137,7 +137,9 @@ def test_the_context_is_cut_from_the_left_and_the_ending_never():
 
 
 def test_rows_are_as_many_as_items_while_everything_fits():
-    assert len(list(rows_of(enumerate(ITEMS), BYTES, seq_len=200))) == len(ITEMS)
+    needed = max(len(item.context) + max(map(len, item.endings)) for item in ITEMS)  # the space in, the last token out
+    assert len(list(rows_of(enumerate(ITEMS), BYTES, seq_len=needed))) == len(ITEMS)
+    assert len(list(rows_of(enumerate(ITEMS), BYTES, seq_len=needed - 1))) == len(ITEMS) + 3
 
 
 def test_batches_hold_every_row_once_within_the_budget():
