@@ -121,7 +121,7 @@ def load_tokenizer(name: str, sha256: str | None = None) -> Tokenizer:
     else:
         encoding = _HuggingFaceEncoding(name) if "/" in name or name.endswith(".json") else _tiktoken_encoding(name)
     tokenizer = Tokenizer(name, encoding)
-    if sha256 not in (None, found := tokenizer.info()["sha256"]):
+    if sha256 is not None and sha256 != (found := tokenizer.info()["sha256"]):
         raise ValueError(
             f"tokenizer {name!r} here has the ranks {found[:12]}, the data or checkpoint was made with {sha256[:12]}; "
             "use the tokenizer it was made with"
@@ -136,14 +136,12 @@ def _bytes_encoding() -> Any:
 
 
 def _tiktoken_encoding(name: str) -> Any:
-    from requests.exceptions import RequestException
-
     names = tiktoken.list_encoding_names()
     if name not in names:
         raise ValueError(f"unknown tokenizer {name!r}; known are bytes, {', '.join(names)}, or a path or hub id with /")
     try:
         return tiktoken.get_encoding(name)
-    except (RequestException, OSError) as error:
+    except OSError as error:  # of the network, too: requests' errors are OSErrors
         raise ValueError(
             f"cannot fetch the vocabulary of tokenizer {name!r} ({type(error).__name__}); without network, set "
             "TIKTOKEN_CACHE_DIR to the tiktoken cache folder of a machine that has it, or use --tokenizer=bytes"
@@ -455,13 +453,16 @@ class Windows:
     def read(self, window: int) -> np.ndarray:
         shard = bisect.bisect_right(self.first, window) - 1
         if shard not in self._tokens:
-            self._tokens[shard] = self.dataset.read(self.shards[shard])
+            self._tokens[shard] = np.asarray(self.dataset.read(self.shards[shard]))  # slicing a memmap is slow
         start = (window - self.first[shard]) * self.seq_len
-        tokens = self._tokens[shard][start : start + self.seq_len + 1]
-        if tokens.max() >= self.limit:
-            name = self.dataset.folder / self.shards[shard]["file"]
-            raise ValueError(f"{name} has token {tokens.max()}, the limit is vocab_size={self.limit}: other tokenizer?")
-        return tokens
+        return self._tokens[shard][start : start + self.seq_len + 1]
+
+    def check(self, window: int) -> None:
+        """ValueError if a token of the window is outside the vocabulary."""
+        if (largest := int(self.read(window).max())) >= self.limit:
+            name = self.shards[bisect.bisect_right(self.first, window) - 1]["file"]
+            limit = f"the limit is vocab_size={self.limit}: made with another tokenizer?"
+            raise ValueError(f"{self.dataset.folder / name} has token {largest}, {limit}")
 
     def groups(self) -> np.ndarray:
         """Bounds within which the first epoch is shuffled: everything, or, for a download that training may follow,
@@ -483,34 +484,29 @@ class Order:
         self.per_block = [mixture_counts(weights) for _, weights in stages]
         lengths = np.diff(self.starts)
         self.before = [sum((n * c for n, c in zip(lengths[:k], self.per_block)), 0) for k in range(len(stages))]
-        self._cached: tuple[int, np.ndarray, np.ndarray] = (-1, np.zeros(0), np.zeros(0))
+        self._cached: tuple[int, list[int], list[int]] = (-1, [], [])
 
-    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, running number within its source) of each of the block's sequences."""
-        if self._cached[0] != number:
-            stage = bisect.bisect_right(self.starts, number) - 1
-            per_block = self.per_block[stage]
-            first = self.before[stage] + (number - self.starts[stage]) * per_block
-            slots = permute(np.arange(BLOCK), BLOCK, key_of(self.seed, 1, number))
-            source, index = np.searchsorted(np.cumsum(per_block), slots, side="right"), np.zeros(BLOCK, np.int64)
-            for s in np.unique(source):
-                index[source == s] = first[s] + np.arange(int(per_block[s]))
-            self._cached = number, source, index
-        return self._cached[1:]
-
-    def locate(self, p: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, p: int, n: int) -> tuple[list[int], list[int]]:
         """(source, window) of the sequences p ... p + n - 1."""
-        sources, windows = np.empty(n, np.int64), np.empty(n, np.int64)
-        done = 0
-        while done < n:
-            number, start = divmod(p + done, BLOCK)
-            source, index = (part[start : start + n - done] for part in self._block(number))
-            for s in np.unique(source):
-                at = np.flatnonzero(source == s)
-                windows[done + at] = self._window(int(s), index[at])
-            sources[done : done + len(source)] = source
-            done += len(source)
+        sources, windows = [], []
+        while n > len(sources):
+            number, start = divmod(p + len(sources), BLOCK)
+            if self._cached[0] != number:
+                self._cached = number, *self._block(number)
+            end = start + n - len(sources)
+            sources, windows = sources + self._cached[1][start:end], windows + self._cached[2][start:end]
         return sources, windows
+
+    def _block(self, number: int) -> tuple[list[int], list[int]]:
+        """(source, window) of each of the block's sequences."""
+        stage = bisect.bisect_right(self.starts, number) - 1
+        per_block = self.per_block[stage]
+        first = self.before[stage] + (number - self.starts[stage]) * per_block
+        slots = permute(np.arange(BLOCK), BLOCK, key_of(self.seed, 1, number))
+        source, window = np.searchsorted(np.cumsum(per_block), slots, side="right"), np.zeros(BLOCK, np.int64)
+        for s in np.flatnonzero(per_block):
+            window[source == s] = self._window(int(s), first[s] + np.arange(int(per_block[s])))
+        return source.tolist(), window.tolist()
 
     def _window(self, source: int, index: np.ndarray) -> np.ndarray:
         """The window that a source deals as its index-th."""
@@ -718,9 +714,13 @@ class TokenLoader:
         import torch
 
         pair = np.empty((2, self.batch_size, self.seq_len), np.int64)  # two arrays: both halves stay contiguous
-        for row, (source, window) in enumerate(zip(*self._order.locate(p, self.batch_size))):
-            tokens = self._windows[source].read(int(window))
+        places = list(zip(*self._order.locate(p, self.batch_size)))
+        for row, (source, window) in enumerate(places):
+            tokens = self._windows[source].read(window)
             pair[0, row], pair[1, row] = tokens[:-1], tokens[1:]
+        if pair.max() >= self.tokenizer["vocab_size"]:  # on a GPU it would be an assert that kills the process
+            for source, window in places:
+                self._windows[source].check(window)
         batch = torch.from_numpy(pair)
         batch = batch.pin_memory() if self.pin_memory else batch
         return batch[0], batch[1]
@@ -756,6 +756,7 @@ def _fixed_batches(
         pair = np.stack([np.zeros((batch_size, seq_len), np.int64), np.full((batch_size, seq_len), -100, np.int64)])
         mine = start + rank * batch_size
         for row, (windows, window) in enumerate(rows[mine : mine + batch_size]):
+            windows.check(window)
             tokens = windows.read(window)
             pair[0, row, : len(tokens) - 1], pair[1, row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
         batch = torch.from_numpy(pair)

@@ -684,7 +684,7 @@ def test_unique_tokens_are_the_first_ones_every_epoch(data):
 
 def test_each_source_of_a_mixture_has_exact_epochs():
     order = Order([np.array([0, 61]), np.array([0, 7])], [(0, [0.8, 0.2])], seed=3)
-    sources, windows = order.locate(0, 5000)
+    sources, windows = map(np.array, order.locate(0, 5000))
     for source, count in enumerate((61, 7)):
         dealt = windows[sources == source]
         epochs = dealt[: len(dealt) // count * count].reshape(-1, count)
