@@ -228,7 +228,7 @@ def main() -> None:
     parser = config.ArgumentParser()
     parser.add_argument("section", choices=["data"], help="what to measure")
     parser.add_argument("--source", default="", help="JSONL files of text (default: ../shared/data/textbooks/train*)")
-    parser.add_argument("--repeat", type=int, default=16, help="times to read the source, for enough text [16]")
+    parser.add_argument("--repeat", type=int, default=40, help="times to read the source, for enough text [40]")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of which the best counts [2]")
     parser.add_argument("--output", help="write the numbers to this .json file")
     args = parser.parse_args()

@@ -11,6 +11,9 @@
 A dataset is a folder of llm.c shards (train_000000.bin ..., val_000000.bin ...) and meta.json, which is written last:
 tokenizer, source, and tokens, documents, size and sha256 of each shard. Every document is followed by the eot token.
 training.py reads it through TokenLoader and validation_batches.
+
+prepare is 5 to 10 times as fast with `pip install gigatoken isal`: gigatoken is used only where it gives tiktoken's
+tokens on a check, isal unpacks .gz.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import functools
 import gzip
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import io
 import itertools
@@ -83,11 +87,11 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """The tokens of `text` as an array, without a Python list on the way."""
         try:
-            data = text.encode()
+            return (
+                self.fast(text.encode()) if self.fast else self._encoding.encode_to_numpy(text, disallowed_special=())
+            )
         except UnicodeEncodeError:  # JSON can spell a lone surrogate, which is no text; tiktoken makes it U+FFFD, too
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            data = text.encode()
-        return self.fast(data) if self.fast else self._encoding.encode_to_numpy(text, disallowed_special=())
+            return self.encode_array(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(tokens)
@@ -286,9 +290,11 @@ def _write_atomic(path: Path, *chunks: bytes | memoryview) -> str:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise OSError(
+            error.errno, f"cannot write {path}: {error.strerror}; mend that, then run the same again"
+        ) from error
     return digest.hexdigest()
 
 
@@ -998,6 +1004,10 @@ def _decompressed(raw: Any, path: str) -> Any:
         import pyarrow  # reads several frames, and notices a missing end
 
         return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+    if path.endswith(".gz") and importlib.util.find_spec("isal"):
+        from isal import igzip  # optional; three times as fast
+
+        return igzip.open(raw)
     open_compressed = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(os.path.splitext(path)[1])
     return open_compressed(raw) if open_compressed else raw
 

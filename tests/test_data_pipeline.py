@@ -3,6 +3,7 @@ and workers; what is malformed is one line."""
 
 import bz2
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -12,12 +13,14 @@ import json
 import lzma
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -328,6 +331,72 @@ def test_globs_and_braces(tmp_path):
     assert [Path(f).name for f in find_files(f"{tmp_path}/part-0{{3,1}}.jsonl")] == ["part-03.jsonl", "part-01.jsonl"]
 
 
+def test_a_hugging_face_id_is_the_files_behind_it(source, tmp_path, monkeypatch):
+    import datasets
+
+    files = {"train": [str(path) for path in sorted(source.iterdir())], "test": []}
+    asked = []
+
+    def builder(name: str, subset: str | None) -> Any:
+        asked.append((name, subset))
+        return types.SimpleNamespace(config=types.SimpleNamespace(data_files=files))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    prepare("me/corpus", str(tmp_path / "d"), subset="small", tokenizer="bytes", val_tokens=0, workers=1)
+    assert asked == [("me/corpus", "small")]
+    assert texts_of(tmp_path / "d", "train") == DOCUMENTS
+    with pytest.raises(ValueError, match="has no split 'dev' in files, only train, test"):
+        prepare("me/corpus", str(tmp_path / "e"), split="dev", tokenizer="bytes", workers=1)
+
+
+def test_any_fsspec_url_is_a_source(tmp_path):
+    import fsspec
+
+    for i in range(2):
+        opened: Any = fsspec.open(f"memory://corpus/{i}.jsonl", "w")
+        with opened as file:
+            file.write("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS[i * 100 : i * 100 + 100]))
+    prepare("memory://corpus/*.jsonl", str(tmp_path / "d"), tokenizer="bytes", val_tokens=0, workers=1)
+    assert texts_of(tmp_path / "d", "train") == DOCUMENTS
+
+
+@pytest.mark.slow
+def test_a_document_of_100_mb(tmp_path):
+    text = "a line of a very long book\n" * 4_000_000
+    write_jsonl(tmp_path / "x.jsonl", ["before", text, "after"])
+    prepare(str(tmp_path / "x.jsonl"), str(tmp_path / "d"), tokenizer="bytes", val_tokens=1, workers=2)
+    tokens = all_tokens(tmp_path / "d", "train")
+    assert np.flatnonzero(tokens == 256).tolist() == [len(text), len(text) + 6]
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(source, tmp_path, monkeypatch, capsys):
+    options = {"tokenizer": "bytes", "shard_tokens": 5000, "val_tokens": 1000, "workers": 1}
+    prepare(str(source), str(tmp_path / "whole"), **options)
+    fsync, calls = os.fsync, itertools.count()
+
+    def full(handle: int) -> None:
+        if next(calls) == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    arguments = [
+        "prepare",
+        f"--source={source}",
+        f"--out_dir={tmp_path}/d",
+        *(f"--{k}={v}" for k, v in options.items()),
+    ]
+    monkeypatch.setattr(sys, "argv", ["data_pipeline.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        data_pipeline.main()
+    assert stop.value.code == 1
+    assert re.search(r"cannot write .*/d/.*: No space left on device; mend that", capsys.readouterr().err)
+    assert not list((tmp_path / "d").glob("*.partial"))
+    assert not list((tmp_path / "d").glob(".*"))
+    data_pipeline.main()
+    assert hashes(tmp_path / "d") == hashes(tmp_path / "whole")
+
+
 def test_faulty_records_are_counted_with_file_and_line(tmp_path, capsys):
     lines = [
         b'{"text": "one"}',
@@ -409,6 +478,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 for name, data in self.files.items()
             ]
             return self.answer(json.dumps({"id": "me/shards", "sha": "c0ffee", "siblings": siblings}).encode(), body)
+        if url == "/api/datasets/me/shards/revision/c0ffee":
+            return self.answer(json.dumps({"id": "me/shards", "sha": "c0ffee", "siblings": []}).encode(), body)
+        if url.startswith("/api/datasets/me/shards/tree/c0ffee"):
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": sha256_of(data)}
+                for name, data in self.files.items()
+            ]
+            return self.answer(json.dumps(tree).encode(), body)
         name = url.rpartition("/")[2]
         if not url.startswith("/datasets/me/shards/resolve/c0ffee/") or name not in self.files:
             return self.send_error(404)
@@ -469,6 +546,25 @@ def test_download_is_what_the_hub_has(hub, tmp_path):
     assert server.asked[4:] == ["edu_train_000002.bin"]  # what is there is not fetched again
     assert cli("verify", f"--out_dir={tmp_path}/d").returncode == 0
     assert TokenLoader({f"{tmp_path}/d": 1.0}, seq_len=16, batch_size=1, batch_sequences=1).tokens_per_epoch == 79_968
+
+
+def test_download_of_rows_of_ids_as_the_seed_published_them(hub, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    env, server = hub
+    rng, rows = np.random.default_rng(0), []
+    server.files.clear()
+    for part in range(2):
+        ids = rng.integers(0, 50257, (300, 1025))
+        table, sink = pyarrow.table({"input_ids": ids.tolist()}), pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=100)
+        server.files[f"data-{part:05}-of-00002.arrow"] = sink.getvalue().to_pybytes()
+        rows.append(ids.ravel())
+    env |= {"TIKTOKEN_CACHE_DIR": str(shared("tiktoken_cache")), "HF_HOME": str(tmp_path / "hf")}
+    result = cli("download", "--repo=me/shards", f"--out_dir={tmp_path}/d", **env)
+    assert result.returncode == 0, result.stderr
+    found = np.concatenate([all_tokens(tmp_path / "d", split) for split in ("val", "train")])
+    assert np.array_equal(found, np.concatenate(rows))
 
 
 def test_training_follows_a_download(hub, tmp_path):
