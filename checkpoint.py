@@ -1,11 +1,13 @@
 """The only reader and writer of run checkpoints.
 
-    checkpoint.save(run_dir, step=..., model=raw_model, optimizer=optimizer, ...)   # all ranks call, rank 0 writes
-    state = checkpoint.read(path)                                                   # plain dict, checked
-    model, meta = checkpoint.load_model("checkpoints", "cpu")                       # file, run directory or Hub id
+    writer = checkpoint.Writer(run_dir)
+    writer.save(step=..., model=raw_model, optimizer=optimizer, ...)   # all ranks call; rank 0 writes in the background
+    state = checkpoint.read(path)                                      # plain dict, checked
+    model, meta = checkpoint.load_model("checkpoints", "cpu")          # file, run directory or Hub id
 
-One checkpoint is one file, `checkpoint_step_<N>.pt`, complete whenever it exists under that name: it is written beside
-it, flushed to the disk and renamed. It holds plain types and tensors only, so it loads with weights_only=True:
+One checkpoint is one file: `checkpoint_step_<N>.pt` is permanent, `temporary_step_<N>.pt` goes once a newer one is safe.
+A file is complete whenever it exists under its name: it is written beside it, flushed to the disk and renamed. It holds
+plain types and tensors only, so it loads with weights_only=True:
 
     format step tokens config tokenizer model optimizer loader rng metrics
 
@@ -15,8 +17,9 @@ Checkpoints of the seed (dankit/language-model-pretraining: other names, interle
 import os
 import pickle
 import re
+import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +39,40 @@ from config import from_dict
 from model import VOCAB_MULTIPLE, ModelConfig, Transformer
 
 FORMAT = 1
-NAME = re.compile(r"checkpoint_step_(\d+)\.pt")
+NAME = re.compile(r"(checkpoint|temporary)_step_(\d+)\.pt")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 GPT2 = {"name": "gpt2", "vocab_size": 50257, "eot_id": 50256}  # the only tokenizer the seed ever had
 
 
-def path_of(run_dir: str | Path, step: int) -> Path:
+def path_of(run_dir: str | Path, step: int, permanent: bool = True) -> Path:
     """Where the checkpoint of `step` lies."""
-    return Path(run_dir) / f"checkpoint_step_{step}.pt"
+    return Path(run_dir) / f"{'checkpoint' if permanent else 'temporary'}_step_{step}.pt"
+
+
+def all_of(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, file) of every checkpoint in a run directory, newest first. The listing is the truth: no pointer file."""
+    folder = Path(run_dir)
+    found = [(int(m[2]), p) for p in folder.iterdir() if (m := NAME.fullmatch(p.name))] if folder.is_dir() else []
+    return sorted(found, reverse=True)
 
 
 def latest(run_dir: str | Path) -> Path | None:
     """The checkpoint of the highest step in a run directory, or None."""
-    folder = Path(run_dir)
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := NAME.fullmatch(p.name))] if folder.is_dir() else []
-    return max(found)[1] if found else None
+    return next((path for _, path in all_of(run_dir)), None)
+
+
+def read_latest(run_dir: str | Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be read; damaged ones are named and passed over. ValueError if all are damaged."""
+    errors = []
+    for _, path in all_of(run_dir):
+        try:
+            return path, read(path)
+        except ValueError as error:
+            errors.append(str(error))
+            warn(f"passed over: {error}")
+    if errors:
+        raise ValueError(f"no readable checkpoint in {run_dir}, not starting over in there: {errors[0]}")
+    return None
 
 
 def find(path: str | Path) -> Path:
@@ -155,43 +177,85 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], path: st
     set_model_state_dict(model, have, options=StateDictOptions(full_state_dict=True))
 
 
-def save(
-    run_dir: str | Path,
-    *,
-    step: int,
-    tokens: int,
-    model: torch.nn.Module,
-    optimizer: Optimizer,
-    loader: dict[str, Any],
-    config: dict[str, Any],
-    tokenizer: dict[str, Any],
-    metrics: dict[str, Any],
-) -> Path:
-    """Write checkpoint_step_<step>.pt. All ranks call it; rank 0 writes. `step` counts the steps that are done."""
-    options = StateDictOptions(full_state_dict=True)
-    state = {
-        "format": FORMAT,
-        "step": step,
-        "tokens": tokens,
-        "config": config,
-        "tokenizer": tokenizer,
-        "model": get_model_state_dict(model, options=options),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-        "loader": loader,
-        "rng": distributed.gather(rng_state()),
-        "metrics": metrics,
-    }
-    path = path_of(run_dir, step)
-    if distributed.rank() == 0:
-        write(path, state)
-    distributed.barrier()
-    return path
+class Writer:
+    """Writes a run's checkpoints. The training loop waits only for a copy in host memory; a thread does the rest."""
+
+    def __init__(self, run_dir: str | Path, warn: Callable[[str], None] = print):
+        self.run_dir, self.warn = Path(run_dir), warn
+        self.thread: threading.Thread | None = None
+        self.pool: dict[Any, Tensor] = {}  # host buffers, used again by every save
+        self.failed: str | None = None
+
+    def save(self, *, step: int, model: torch.nn.Module, optimizer: Optimizer, permanent: bool, **facts: Any) -> Path:
+        """Take a copy and start writing it. `step` counts the steps that are done. A second save waits for the first."""
+        self.wait()
+        options = StateDictOptions(full_state_dict=True)
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "model": get_model_state_dict(model, options=options),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+            "rng": distributed.gather(rng_state()),
+            **facts,
+        }
+        path = path_of(self.run_dir, step, permanent)
+        if distributed.rank() == 0:
+            state = snapshot(state, self.pool, {})
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.thread = threading.Thread(target=self._write, args=(path, state), name="checkpoint")
+            self.thread.start()
+        return path
+
+    def wait(self) -> None:
+        """Until the last save is on the disk, or has failed and said so (`failed`)."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
+        self.failed = None
+        try:
+            write(path, state)
+        except Exception as error:  # a run of hours must survive a full disk
+            cause: BaseException = error
+            while cause.__context__ is not None:  # torch hides "No space left" behind "unexpected pos 6016 vs 5910"
+                cause = cause.__context__
+            self.failed = f"{path} NOT written: {cause}"
+            self.warn(f"{self.failed}; the checkpoints before it are intact")
+        else:
+            prune(self.run_dir, path)
+
+
+def prune(run_dir: Path, newest: Path) -> None:
+    """Remove temporary checkpoints now that `newest` is complete."""
+    for _, path in all_of(run_dir):
+        if path.name.startswith("temporary") and path != newest:
+            path.unlink(missing_ok=True)
+
+
+def snapshot(value: Any, pool: dict[Any, Tensor], seen: dict[Any, Tensor]) -> Any:
+    """A copy of nested state in host memory. Plain `.cpu()` would share CPU tensors with the run (Adam's `step`!)."""
+    if isinstance(value, Tensor):
+        key = (value.data_ptr(), tuple(value.shape), value.dtype)  # tied weights stay tied
+        if key not in seen or value.numel() == 0:
+            slot = (len(seen), tuple(value.shape), value.dtype)
+            if slot not in pool:
+                pool[slot] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            seen[key] = pool[slot].copy_(value.detach(), non_blocking=value.is_cuda)
+        return seen[key]
+    if isinstance(value, dict):
+        return {k: snapshot(v, pool, seen) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(v, pool, seen) for v in value)
+    assert value is None or type(value) in (bool, int, float, str), f"a {type(value)} does not load with weights_only"
+    return value
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
     """Write beside the target, flush to the device, rename, flush the rename. Any failure leaves what was there."""
-    for left_over in path.parent.glob(".checkpoint_step_*.tmp"):  # of a process that was killed while writing
-        left_over.unlink()
+    for left_over in path.parent.glob(".*_step_*.tmp"):  # of a process that was killed while writing
+        left_over.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:

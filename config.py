@@ -28,11 +28,16 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 USAGE = "%(prog)s [FILE.toml] [--name=value ...]"
+DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 MAGNITUDES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 class ConfigError(ValueError):
     """A mistake the user can fix; entry points show the message without a traceback."""
+
+
+class Failure(RuntimeError):
+    """Something that went wrong without the user: a full disk, bad numbers. Entry points show the message alone."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -60,7 +65,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Call `main` and turn what the user can mend into one line on stderr: exit 2; Ctrl-C: exit 130."""
+    """Call `main`; what the user can mend is one line on stderr and exit 2, what the machine did wrong one and exit 1."""
     prog = Path(sys.argv[0]).name
     try:
         main()
@@ -73,6 +78,10 @@ def run(main: Callable[[], Any]) -> None:
     except BrokenPipeError:  # `... | head`: nobody reads what is left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except (OSError, Failure) as error:
+        if os.environ.get("NANO416_TRACEBACK"):
+            raise
+        die(f"{prog}: failed: {error}", 1)
 
 
 def die(message: str, code: int) -> typing.NoReturn:
@@ -265,8 +274,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _number(value: Any, kind: type) -> int | float:
-    """10e9, 10_000_000_000, 10B and 10.5M are numbers; nan, inf and 1.5 where an integer is wanted are not."""
+    """10e9, 10_000_000_000, 10B and 10.5M are numbers, 3h50m are seconds; nan, inf and 1.5 for an integer are not."""
     text, scale = str(value), 1
+    if isinstance(value, str) and kind is float and (m := DURATION.fullmatch(text)) and text:
+        return float(sum(int(n or 0) * s for n, s in zip(m.groups(), (86400, 3600, 60, 1))))
     if isinstance(value, str) and text[-1:].upper() in MAGNITUDES:
         text, scale = text[:-1], MAGNITUDES[text[-1].upper()]
     if kind is int and scale == 1 and not re.search(r"[.eE]", text):

@@ -463,6 +463,12 @@ class Windows:
         start = (window - self.first[shard]) * self.seq_len
         return self._tokens[shard][start : start + self.seq_len + 1]
 
+    def place(self, window: int) -> str:
+        """Where a window begins: file and token."""
+        shard = bisect.bisect_right(self.first, window) - 1
+        start = (window - self.first[shard]) * self.seq_len
+        return f"{self.dataset.folder / self.shards[shard]['file']}, token {start:,}"
+
     def check(self, window: int) -> None:
         """ValueError if a token of the window is outside the vocabulary."""
         if (largest := int(self.read(window).max())) >= self.limit:
@@ -679,6 +685,12 @@ class TokenLoader:
             raise item
         self._sequences += self._stride
         return item
+
+    def where(self) -> str:
+        """The places at which the sequences of this rank's last batch begin, for a message about it."""
+        p = max(0, self._sequences - self._stride) + self.rank * self.batch_size
+        places = zip(*self._order.locate(p, self.batch_size))
+        return "; ".join(self._windows[source].place(window) for source, window in list(places)[:4])
 
     def state_dict(self) -> dict[str, Any]:
         """Sequences that all ranks together have consumed, and what they came from."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 Strategy = Literal["ddp"]
-TIMEOUT = timedelta(minutes=10)  # a rank silent for longer is dead: NCCL's own default, gloo would wait 30 minutes
+TIMEOUT_S = 600.0  # a rank silent for longer is dead: NCCL's own default; gloo would wait 30 minutes
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,11 @@ class Dist:
         return self.rank == 0
 
 
-def init() -> Dist:
-    """Join torchrun's process group if there is one, and pick this rank's device."""
+def init(timeout_s: float = TIMEOUT_S) -> Dist:
+    """Join torchrun's process group if there is one, and pick this rank's device.
+
+    timeout_s: a rank that keeps the others waiting for longer ends the run.
+    """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     present = [name for name in names if name in os.environ]
     if not present:
@@ -57,8 +60,10 @@ def init() -> Dist:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch_dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch_dist.init_process_group(
+        backend, timeout=timedelta(seconds=timeout_s), device_id=device if device.type == "cuda" else None
+    )
     return Dist(rank, local_rank, world_size, device)
 
 
@@ -103,6 +108,15 @@ def total(value: Tensor) -> Tensor:
         value = value.clone()
         torch_dist.all_reduce(value)
     return value
+
+
+def largest(value: int) -> int:
+    """The largest value on any rank. Goes over the CPU, so it never waits for a GPU."""
+    if not torch_dist.is_initialized():
+        return value
+    box = torch.tensor(value)
+    torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
+    return int(box)
 
 
 def broadcast(value: Any) -> Any:

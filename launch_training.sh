@@ -40,6 +40,11 @@ make_environment() {
     done
 }
 
+# first_shards FOLDER: can training start?
+first_shards() {
+    { [ -f "$1/progress.json" ] || [ -f "$1/meta.json" ]; } && [ -f "$1/val_000000.bin" ] && [ -f "$1/train_000000.bin" ]
+}
+
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # sourced (by tests/run.sh): the functions are all it wants
 
 stage="environment"
@@ -59,9 +64,15 @@ case " ${1:-} $* " in
         if [ "$gpus" -eq 0 ]; then
             [ -f data/sample/meta.json ] || { say "data: the Python language reference"; python data_pipeline.py sample; }
         else
-            say "data: FineWeb-Edu, 10B tokens (20 GB; what is there is kept)"
-            python data_pipeline.py download
-            [ -f data/hellaswag_val.jsonl ] || python eval_hellaswag.py --download
+            say "data: FineWeb-Edu, 10B tokens (20 GB; what is there is kept; training starts with the first shards)"
+            [ -f data/hellaswag_val.jsonl ] || python eval_hellaswag.py --download || echo "going on without HellaSwag" >&2
+            python data_pipeline.py download &
+            download=$!
+            trap 'kill $download 2>/dev/null || true' EXIT
+            until first_shards data/fineweb_edu; do
+                kill -0 $download 2>/dev/null || wait $download # its failure ends this script, with its message above
+                sleep 1
+            done
         fi
         ;;
 esac

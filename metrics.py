@@ -14,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,13 @@ SHOWN = {  # how a log line writes a value
     "loss": "loss {:.4f}",
     "val_loss": "validation loss {:.4f}",
     "val_bpb": "{:.4f} bits per byte",
+    "val_macro_loss": "macro {:.4f}",
     "lr": "lr {:.2e}",
     "grad_norm": "norm {:.2f}",
     "tokens_per_s": "{:,.0f} tok/s",
     "mfu": "mfu {:.1%}",
     "memory_gb": "{:.2f} GB",
+    "skipped_steps": "{} steps skipped",
     "hellaswag_acc": "HellaSwag acc {:.2%}",
     "hellaswag_acc_norm": "acc_norm {:.2%}",
 }
@@ -59,8 +62,9 @@ class MetricsLog:
     On other ranks than 0 (enabled=False) it is silent.
     """
 
-    def __init__(self, run_dir: str | Path, total_steps: int, enabled: bool = True):
+    def __init__(self, run_dir: str | Path, total_steps: int, enabled: bool = True, lock: int | None = None):
         self.run_dir, self.total_steps, self.enabled = Path(run_dir), total_steps, enabled
+        self.release = weakref.finalize(self, os.close, lock) if lock is not None else None  # the run directory's
         self.bar, self.said, self.started = None, set(), (time.monotonic(), 0)
 
     def begin(self, step: int) -> None:
@@ -75,7 +79,9 @@ class MetricsLog:
             self.bar.update(step - self.bar.n)
 
     def end(self) -> None:
-        """Close the bar."""
+        """Close the bar, let go of the run directory."""
+        if self.release is not None:
+            self.release()
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -90,9 +96,14 @@ class MetricsLog:
     def line(self, text: str) -> None:
         """One line to the terminal (above the bar) and to train.log; nothing for an empty text."""
         if self.enabled and text:
-            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+            self.say(text)
             with open(self.run_dir / "train.log", "a", encoding="utf-8") as file:
                 file.write(text + "\n")
+
+    def say(self, text: str) -> None:
+        """One line to the terminal alone."""
+        if self.enabled:
+            tqdm.write(text) if self.bar is not None else print(text, flush=True)
 
     def once(self, text: str) -> None:
         """A line that is said only the first time."""

@@ -17,6 +17,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
     sections = {"model": "model.py:ModelConfig", "data": "data_pipeline.py:DataConfig"}
     sections |= {"optim": "optimizers.py:OptimConfig", "train": "training.py:TrainConfig"}
     config.answer_help(__doc__, sections)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve on shared cores
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +37,13 @@ import checkpoint
 import distributed
 import eval_hellaswag
 import metrics
+import safety
 from data_pipeline import DataConfig, Dataset, Tokenizer, TokenLoader, load_tokenizer, validation_batches
 from distributed import Dist
 from model import ModelConfig, Transformer, generate
 from optimizers import OptimConfig, build_optimizer, clip_gradients, lr_at, set_lr
 
-SAMPLE_TOKENS = 64  # length of the text sampled during training
+SAMPLE_PROMPT, SAMPLE_TOKENS = "The", 200  # the text sampled during training
 GPT2_VOCAB = 50257  # for a plan without data
 ASSUMED_MFU = 0.45  # for the plan's hours: what plain PyTorch reaches on one GPU generation or another
 
@@ -52,15 +55,21 @@ class TrainConfig:
     run_dir: str = "checkpoints"  # directory of the run
     seed: int = 42  # of the initial weights and of the order of the data
     max_tokens: int = 10_000_000_000  # tokens to train on
-    max_steps: int | None = None  # optimizer steps; overrides max_tokens
+    epochs: float | None = None  # passes over the data (or over unique_tokens of it); overrides max_tokens
+    max_steps: int | None = None  # optimizer steps; overrides epochs and max_tokens
     batch_tokens: int = 655_360  # tokens per optimizer step, over all GPUs and micro-steps
     batch_size: int = 40  # sequences per GPU and micro-step at most: as many as fit in memory
     log_every: int = 10  # steps between log lines, 0 = never
     eval_every: int = 250  # steps between validations, 0 = only at the end
     eval_tokens: int = 5_000_000  # validation tokens to use at most
-    checkpoint_every: int = 2000  # steps between checkpoints, 0 = only at the end
+    checkpoint_every: int = 2000  # steps between permanent checkpoints, 0 = only at the end
+    save_interval: float | None = 900.0  # seconds (15m) between temporary checkpoints; none = no temporary ones
     sample_every: int = 1000  # steps between samples of generated text, 0 = only at the end
     hellaswag: str | None = "data/hellaswag_val.jsonl"  # items scored at each checkpoint; none = never
+    time_limit: float | None = None  # seconds (3h50m) after which to save and leave with exit code 75
+    kill_switch: str | None = None  # file that stops the run while it exists: save and leave with exit code 0
+    skip_spikes: bool = False  # skip steps whose loss or gradient is beyond 6 sigma of the last 128
+    timeout: float = 600.0  # seconds (10m) that the other ranks wait for a silent one before they give up
     resume: str = "auto"  # auto = newest checkpoint of run_dir if there is one; never; or a checkpoint's path
     init_from: str | None = None  # checkpoint whose weights start a new run
     compile: bool | None = None  # torch.compile the model; none = on a GPU
@@ -77,8 +86,9 @@ class TrainConfig:
         for name in ("log_every", "eval_every", "checkpoint_every", "sample_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+        for name in ("max_steps", "epochs", "save_interval", "time_limit", "timeout"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ class Plan:
     flops_per_token: int
 
 
-def make_plan(cfg: Config, world_size: int) -> Plan:
+def make_plan(cfg: Config, world_size: int, tokens_per_epoch: int | None = None) -> Plan:
     """Derive steps and micro-steps. Raises ValueError with the nearest batch that works."""
     seq_len, batch_tokens = cfg.model.seq_len, cfg.train.batch_tokens
     unit = seq_len * world_size
@@ -115,9 +125,10 @@ def make_plan(cfg: Config, world_size: int) -> Plan:
             f"batch_tokens ({batch_tokens}) does not split into micro-steps of about batch_size ({cfg.train.batch_size})"
             f" x seq_len ({seq_len}) x processes ({world_size}); try --batch_tokens={max(1, round(batch_tokens / step)) * step}"
         )
-    steps = cfg.train.max_steps or cfg.train.max_tokens // batch_tokens
+    tokens = int(cfg.train.epochs * tokens_per_epoch) if cfg.train.epochs and tokens_per_epoch else cfg.train.max_tokens
+    steps = cfg.train.max_steps or tokens // batch_tokens
     if not steps:
-        raise ValueError(f"max_tokens ({cfg.train.max_tokens}) is less than one step of batch_tokens ({batch_tokens})")
+        raise ValueError(f"max_tokens ({tokens}) is less than one step of batch_tokens ({batch_tokens})")
     with torch.device("meta"):
         shape = Transformer(cfg.model)
     sequences = batch_tokens // seq_len
@@ -148,83 +159,138 @@ def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
 
 
 def main(cfg: Config) -> None:
-    """Train as `cfg` says, in this process or as one rank of torchrun."""
-    dist = distributed.init()
-    if cfg.train.dry_run:
-        there = Path(next(iter(cfg.data.sources))).exists()  # a plan needs no data
-        cfg = with_vocabulary(cfg, data_vocabulary(cfg) if there else None)
-        if dist.is_main:
-            print(describe(make_plan(cfg, dist.world_size), cfg, dist))
-    else:
-        train(cfg, dist)
+    """Train as `cfg` says, in this process or as one rank of torchrun. Exits with a code of safety.py if stopped."""
+    if cfg.train.kill_switch and Path(cfg.train.kill_switch).exists():
+        raise ValueError(f"the kill switch {cfg.train.kill_switch} exists; remove it to train")
+    dist = distributed.init(cfg.train.timeout)
+    reason = dry_run(cfg, dist) if cfg.train.dry_run else train(cfg, dist)
     distributed.shutdown()
+    if reason and (code := safety.EXIT_CODES.get(reason, safety.GO_ON_LATER)):
+        sys.exit(code)
 
 
-def train(cfg: Config, dist: Dist) -> None:
-    """The run: set up, then measure, save, stop, learn, report."""
-    cfg = with_vocabulary(cfg, data_vocabulary(cfg))
-    plan = make_plan(cfg, dist.world_size)
-    source = choose_checkpoint(cfg)
-    state = read_state(source, cfg) if source else None
+def dry_run(cfg: Config, dist: Dist) -> None:
+    """Print the plan; only one in epochs needs the data."""
+    if Path(next(iter(cfg.data.sources))).exists() or cfg.train.epochs:
+        cfg, plan, loader = open_data(cfg, dist)
+        loader.close()
+    else:
+        cfg = with_vocabulary(cfg, None)
+        plan = make_plan(cfg, dist.world_size)
+    if dist.is_main:
+        print(describe(plan, cfg, dist))
+
+
+def train(cfg: Config, dist: Dist) -> str | None:
+    """The run: set up, then measure, save, stop, learn, report. Returns why it stopped early, or None."""
+    cfg, plan, loader = open_data(cfg, dist)
+    say = print if dist.is_main else lambda _: None
+    state = choose_checkpoint(cfg, say)
     if state and finished(cfg, plan, state):
-        return print("\n".join([*changed_options(state, cfg), outcome(cfg)])) if dist.is_main else None
-    loader = open_loader(cfg, plan, state, dist)
+        say("\n".join([*changed_options(state, cfg), outcome(cfg)]))
+        return loader.close()
+    if state:
+        loader.load_state_dict(state["loader"])
     log = open_run_dir(cfg, dist, plan.steps)
     torch.manual_seed(cfg.train.seed)
     torch.set_float32_matmul_precision("high")
     raw_model = Transformer(cfg.model).to(dist.device)
     optimizer = build_optimizer(raw_model, cfg.optim)
-    step, tokens = start(state, cfg, raw_model, optimizer, log)
+    guard = safety.Guard(dist.device, cfg.train.skip_spikes)
+    step, tokens, elapsed_s = start(state, cfg, raw_model, optimizer, guard, log)
+    del state  # its pages of the checkpoint file
     write_config(cfg, dist)
     tokenizer = tokenizer_if_there(loader, log)
     if cfg.train.compile if cfg.train.compile is not None else dist.device.type == "cuda":
         raw_model.compile(dynamic=False)
     model = distributed.parallelize(raw_model, dist, cfg.train.parallel)
+    if dist.world_size > 1:
+        rehearse(model, cfg, plan, dist)
+    writer = checkpoint.Writer(cfg.train.run_dir, log.say)
+    watch, first_step = Stopwatch(dist.device, tokens, elapsed_s, cfg.train.save_interval), step
     log.line(describe(plan, cfg, dist))
     log.begin(step)
-    first_step, watch = step, Stopwatch(dist.device, tokens)
-    while True:
-        last = step >= plan.steps
-        if step > first_step and (last or every(step, cfg.train.checkpoint_every)):
-            with watch.paused():  # before evaluating: what fails there must not cost the weights
-                save(cfg, step, tokens, raw_model, optimizer, loader, log)
-        if last or every(step, cfg.train.eval_every):
-            with watch.paused():
-                log.report(step, tokens, **validate(raw_model, tokenizer, cfg, dist))
-        if last or (step and every(step, cfg.train.checkpoint_every)):
-            with watch.paused():
-                log.report(step, tokens, **hellaswag(raw_model, tokenizer, cfg, dist, log))
-        if last or (step and every(step, cfg.train.sample_every)):
-            with watch.paused():
-                log.line(sample_text(raw_model, tokenizer, dist))
-        if last:
-            break
-        lr = lr_at(step, plan.steps, cfg.optim)
-        set_lr(optimizer, lr)
-        loss, grad_norm = train_step(model, optimizer, loader, plan.micro_steps, cfg, dist)
-        step, tokens = step + 1, tokens + cfg.train.batch_tokens
-        log.advance(step)
-        if every(step, cfg.train.log_every):
-            loss = distributed.mean(loss).item()  # the one synchronisation with the GPU
-            tokens_per_s = watch.lap(tokens)
-            log.report(
-                step,
-                tokens,
-                loss=loss,
-                lr=lr,
-                grad_norm=grad_norm.item(),
-                tokens_per_s=tokens_per_s,
-                mfu=metrics.mfu(plan.flops_per_token, tokens_per_s, device_name(dist.device), dist.world_size),
-                memory_gb=metrics.peak_memory_gb(),
-            )
-    finish(cfg, plan, dist, log)
+    with safety.Stop(cfg.train.time_limit, cfg.train.kill_switch) as stop:
+        while True:
+            last, reason = step >= plan.steps, stop.agreed()
+            permanent = last or every(step, cfg.train.checkpoint_every)
+            if step > first_step and (permanent or reason or watch.save_is_due()):
+                with watch.paused():  # before evaluating: what fails there must not cost the weights
+                    facts = {"tokens": tokens, "loader": loader.state_dict(), "tokenizer": loader.tokenizer}
+                    facts |= {"config": config.to_dict(cfg), "guard": guard.state_dict()}
+                    facts |= {"metrics": {"elapsed_s": watch.elapsed_s()}}
+                    path = writer.save(step=step, model=raw_model, optimizer=optimizer, permanent=permanent, **facts)
+                    log.line(f"saving {path}")
+            if reason and not last:
+                break
+            if last or every(step, cfg.train.eval_every):
+                with watch.paused():
+                    log.report(step, tokens, **validate(raw_model, tokenizer, cfg, dist))
+            if last or (step and every(step, cfg.train.checkpoint_every)):
+                with watch.paused():
+                    log.report(step, tokens, **hellaswag(raw_model, tokenizer, cfg, dist, log))
+            if last or (step and every(step, cfg.train.sample_every)):
+                with watch.paused():
+                    log.line(sample_text(raw_model, tokenizer, dist))
+            if last:
+                break
+            lr = lr_at(step, plan.steps, cfg.optim)
+            set_lr(optimizer, lr)
+            loss, grad_norm = train_step(model, optimizer, guard, loader, plan.micro_steps, cfg, dist)
+            step, tokens = step + 1, tokens + cfg.train.batch_tokens
+            log.advance(step)
+            if every(step, cfg.train.log_every):
+                values = {"loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}  # the GPU is waited for here
+                values["tokens_per_s"] = speed = watch.lap(tokens)
+                values["mfu"] = metrics.mfu(plan.flops_per_token, speed, device_name(dist.device), dist.world_size)
+                values["skipped_steps"] = guard.new_skips() or None
+                log.report(step, tokens, **values, memory_gb=metrics.peak_memory_gb())
+                if guard.hopeless():
+                    raise config.Failure(bad_numbers(step, loader.where()))
+    writer.wait()
     loader.close()
+    if writer.failed and (last or reason):
+        raise config.Failure(f"the last checkpoint is missing: {writer.failed}")
+    if last:
+        finish(cfg, plan, dist, log)
+        return None
+    log.end()
+    log.line(f"stopped by {reason} at step {step:,} of {plan.steps:,}; the same command goes on from here")
+    return reason
+
+
+def bad_numbers(step: int, where: str) -> str:
+    """What to say after safety.BAD_STEPS_IN_A_ROW steps whose loss or gradient was not finite, or a spike."""
+    return (
+        f"{safety.BAD_STEPS_IN_A_ROW} bad steps in a row at step {step}: loss or gradient is NaN, infinite or a spike, at "
+        f"{where}; the weights are those before them. Go on from the last checkpoint with a lower --max_lr or "
+        "--qk_norm, look at that text, or check the GPU"
+    )
+
+
+def rehearse(model: nn.Module, cfg: Config, plan: Plan, dist: Dist) -> None:
+    """One forward and backward pass that counts for nothing.
+
+    DDP orders its gradient buckets anew after the first backward pass, which changes the last bit of sums over three or
+    more ranks: without this the first step after a resume would differ from the uninterrupted run's.
+    """
+    tokens = torch.zeros(plan.batch_size, cfg.model.seq_len, dtype=torch.long, device=dist.device)
+    with autocast(cfg, dist.device):
+        loss = model(tokens, tokens)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loader: TokenLoader, micro_steps: int, cfg: Config, dist: Dist
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: safety.Guard,
+    loader: TokenLoader,
+    micro_steps: int,
+    cfg: Config,
+    dist: Dist,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step. Returns this rank's mean loss and the gradient's norm as tensors on the device."""
+    """One optimizer step. Returns the mean loss of all ranks and the gradient's norm, as tensors on the device."""
     loss_sum = torch.zeros((), device=dist.device)
     for micro_step in range(micro_steps):
         inputs, targets = (x.to(dist.device, non_blocking=True) for x in loader.next())
@@ -233,26 +299,45 @@ def train_step(
                 loss = model(inputs, targets)
             (loss / micro_steps).backward()
         loss_sum += loss.detach()
+    loss = distributed.mean(loss_sum / micro_steps)
     grad_norm = clip_gradients(model, cfg.optim.grad_clip)
+    optimizer.found_inf = guard.judge(loss, grad_norm)  # type: ignore[attr-defined]  # fused kernels skip on the device
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss_sum / micro_steps, grad_norm
+    return loss, grad_norm
+
+
+def validate(model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist: Dist) -> dict[str, float | None]:
+    """Loss (nats per token) and bits per byte over the first eval_tokens validation tokens of each source.
+
+    With several sources also each one's loss, and their macro average; val_loss is the micro average, over tokens.
+    """
+    sums = {name: validation_sums(name, model, tokenizer, cfg, dist) for name in cfg.data.sources}
+    loss_sum, n_tokens, n_bytes = (sum(column) for column in zip(*sums.values(), strict=True))
+    bpb = loss_sum / n_bytes / math.log(2) if n_bytes else None
+    row = {"val_loss": loss_sum / n_tokens, "val_bpb": bpb}
+    if len(sums) > 1:
+        losses = {name: loss / n for name, (loss, n, _) in sums.items()}
+        row |= {f"val_loss/{name}": loss for name, loss in losses.items()}
+        row["val_macro_loss"] = sum(losses.values()) / len(losses)
+    return row
 
 
 @torch.no_grad()
-def validate(model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist: Dist) -> dict[str, float | None]:
-    """Loss (nats per token) and bits per byte over the first eval_tokens validation tokens, on all ranks."""
-    batches = validation_batches(
-        cfg.data.sources,
+def validation_sums(
+    source: str, model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist: Dist
+) -> list[float]:
+    """[sum of losses, tokens, bytes] of one source's validation split, over all ranks."""
+    lengths = torch.from_numpy(tokenizer.byte_lengths()) if tokenizer else None
+    sums = torch.zeros(3, dtype=torch.float64)
+    for inputs, targets in validation_batches(
+        {source: 1.0},
         seq_len=cfg.model.seq_len,
         batch_size=cfg.train.batch_size,
         rank=dist.rank,
         world_size=dist.world_size,
         max_tokens=cfg.train.eval_tokens,
-    )
-    lengths = torch.from_numpy(tokenizer.byte_lengths()) if tokenizer else None
-    sums = torch.zeros(3, dtype=torch.float64)  # loss, tokens, bytes
-    for inputs, targets in batches:
+    ):
         counted = targets >= 0
         if not counted.any():  # filler, so that all ranks make as many steps; still a forward pass for sharded models
             targets = inputs
@@ -261,9 +346,7 @@ def validate(model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist:
         n = int(counted.sum())
         n_bytes = int(lengths[targets[counted]].sum()) if lengths is not None else 0
         sums += torch.tensor([loss.item() * n, n, n_bytes], dtype=torch.float64)
-    loss_sum, n_tokens, n_bytes = distributed.total(sums.to(dist.device)).tolist()
-    bpb = loss_sum / n_bytes / math.log(2) if n_bytes else None
-    return {"val_loss": loss_sum / n_tokens, "val_bpb": bpb}
+    return distributed.total(sums.to(dist.device)).tolist()
 
 
 def hellaswag(model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist: Dist, log) -> dict[str, float]:
@@ -280,27 +363,12 @@ def hellaswag(model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist
 
 
 def sample_text(model: Transformer, tokenizer: Tokenizer | None, dist: Dist) -> str:
-    """Text that the model writes from nothing, as one quoted line; rank 0 only."""
+    """How the model continues SAMPLE_PROMPT, as one quoted line; rank 0 only."""
     if tokenizer is None or not dist.is_main:
         return ""
-    tokens = generate(model, [tokenizer.eot_id], SAMPLE_TOKENS * 3, temperature=0.8, top_k=50, seed=0)
-    return f"sample: {tokenizer.decode(list(tokens))[:400]!r}"
-
-
-def save(cfg: Config, step: int, tokens: int, model, optimizer, loader: TokenLoader, log) -> None:
-    """Write the checkpoint of `step`."""
-    path = checkpoint.save(
-        cfg.train.run_dir,
-        step=step,
-        tokens=tokens,
-        model=model,
-        optimizer=optimizer,
-        loader=loader.state_dict(),
-        config=config.to_dict(cfg),
-        tokenizer=loader.tokenizer,
-        metrics={},
-    )
-    log.line(f"saved {path}")
+    prompt = [tokenizer.eot_id, *tokenizer.encode(SAMPLE_PROMPT)]
+    tokens = generate(model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0, stop_token=tokenizer.eot_id)
+    return f"sample: {SAMPLE_PROMPT + tokenizer.decode(list(tokens))!r}"
 
 
 def with_vocabulary(cfg: Config, data_vocab: int | None) -> Config:
@@ -314,13 +382,11 @@ def with_vocabulary(cfg: Config, data_vocab: int | None) -> Config:
     return replace(cfg, model=replace(cfg.model, vocab_size=given or data_vocab or GPT2_VOCAB))
 
 
-def data_vocabulary(cfg: Config) -> int:
-    """Vocabulary size of the first source's tokenizer (the loader checks that all have the same)."""
-    return Dataset(next(iter(cfg.data.sources))).tokenizer["vocab_size"]
-
-
-def open_loader(cfg: Config, plan: Plan, state: dict[str, Any] | None, dist: Dist) -> TokenLoader:
-    """This rank's training batches, from where `state` left off."""
+def open_data(cfg: Config, dist: Dist) -> tuple[Config, Plan, TokenLoader]:
+    """What the data decide: the vocabulary, the length of an epoch; and this rank's training batches."""
+    first = Dataset(next(iter(cfg.data.sources)))  # the loader checks that all sources have one tokenizer
+    cfg = with_vocabulary(cfg, first.tokenizer["vocab_size"])
+    plan = make_plan(cfg, dist.world_size)
     loader = TokenLoader(
         cfg.data.sources,
         seq_len=cfg.model.seq_len,
@@ -330,11 +396,11 @@ def open_loader(cfg: Config, plan: Plan, state: dict[str, Any] | None, dist: Dis
         world_size=dist.world_size,
         seed=cfg.train.seed,
         vocab_size=cfg.model.vocab_size,
+        stages=cfg.data.stages,
+        unique_tokens=cfg.data.unique_tokens,
         pin_memory=dist.device.type == "cuda",
     )
-    if state:
-        loader.load_state_dict(state["loader"])
-    return loader
+    return cfg, make_plan(cfg, dist.world_size, loader.tokens_per_epoch), loader
 
 
 def tokenizer_if_there(loader: TokenLoader, log: metrics.MetricsLog) -> Tokenizer | None:
@@ -347,17 +413,18 @@ def tokenizer_if_there(loader: TokenLoader, log: metrics.MetricsLog) -> Tokenize
 
 
 def open_run_dir(cfg: Config, dist: Dist, steps: int) -> metrics.MetricsLog:
-    """Create the run directory and prove that it can be written to, before anything has been computed."""
-    folder = Path(cfg.train.run_dir)
+    """Create the run directory, prove that it can be written to, and lock it, before anything has been computed."""
+    folder, held = Path(cfg.train.run_dir), None
     if dist.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            held = safety.lock(folder)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
             raise ValueError(f"cannot write to run_dir {folder}: {error.strerror}; choose another --run_dir") from error
     distributed.barrier()
-    return metrics.MetricsLog(folder, steps, enabled=dist.is_main)
+    return metrics.MetricsLog(folder, steps, enabled=dist.is_main, lock=held)
 
 
 def write_config(cfg: Config, dist: Dist) -> None:
@@ -366,23 +433,22 @@ def write_config(cfg: Config, dist: Dist) -> None:
         metrics.write_text(Path(cfg.train.run_dir, "config.json"), json.dumps(config.to_dict(cfg), indent=2) + "\n")
 
 
-def choose_checkpoint(cfg: Config) -> Path | None:
-    """Where the run continues from, or None for a fresh start. Raises ValueError rather than ignore a wish."""
+def choose_checkpoint(cfg: Config, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The checkpoint to continue from, or None for a fresh start. Raises ValueError rather than ignore a wish."""
     run_dir, resume = cfg.train.run_dir, cfg.train.resume
     there = checkpoint.latest(run_dir)
     if resume == "never" and there:
         raise ValueError(f"--resume=never, but {there} exists; choose another --run_dir or remove it first")
-    path = {"auto": there, "never": None}[resume] if resume in ("auto", "never") else checkpoint.find(resume)
-    if path and cfg.train.init_from:
-        if resume == "auto":
-            return path  # the weights it started from are long inside
-        raise ValueError("--resume and --init_from exclude each other: continue a run, or start a new one from weights")
-    return path
-
-
-def read_state(path: Path, cfg: Config) -> dict[str, Any]:
-    """The checkpoint to continue from. Raises ValueError where it does not fit this run."""
-    state = checkpoint.read(path)
+    if resume not in ("auto", "never"):
+        if cfg.train.init_from:
+            raise ValueError("--resume and --init_from exclude each other: go on with a run, or start one from weights")
+        path = checkpoint.find(resume)
+        found = path, checkpoint.read(path)
+    else:
+        found = checkpoint.read_latest(run_dir, say)  # with init_from: the weights it began with are long inside
+    if found is None:
+        return None
+    path, state = found
     same_model(state, cfg, path)
     if "optimizer" not in state:
         raise ValueError(f"{path} has weights but no optimizer state; start from it with --init_from={path}")
@@ -402,13 +468,18 @@ def changed_options(state: dict[str, Any], cfg: Config) -> list[str]:
     return [f"  {line}" for name in ("data", "optim", "train") for line in config.differences(old[name], new[name])]
 
 
-def start(state: dict[str, Any] | None, cfg: Config, model, optimizer, log: metrics.MetricsLog) -> tuple[int, int]:
-    """Fill model and optimizer from `state`, or the model from init_from, or nothing. Returns steps and tokens done."""
+def start(
+    state: dict[str, Any] | None, cfg: Config, model, optimizer, guard: safety.Guard, log: metrics.MetricsLog
+) -> tuple[int, int, float]:
+    """Fill everything from `state`, or the weights from init_from, or nothing. Returns steps, tokens, seconds so far."""
     if state:
         checkpoint.restore(state, model, optimizer, state["path"])
+        guard.load_state_dict(state.get("guard", {}))
         log.rewind(state["step"])
         log.line("\n".join([f"resumed {state['path']} at step {state['step']:,}", *changed_options(state, cfg)]))
-        return state["step"], state["tokens"]
+        if len(state["rng"]) != distributed.world_size():
+            log.line(f"  processes: {len(state['rng'])} -> {distributed.world_size()} (random state starts anew)")
+        return state["step"], state["tokens"], state["metrics"].get("elapsed_s", 0.0)
     log.rewind(0)
     if cfg.train.init_from:
         path = checkpoint.find(cfg.train.init_from)
@@ -416,7 +487,7 @@ def start(state: dict[str, Any] | None, cfg: Config, model, optimizer, log: metr
         same_model(weights, cfg, path)
         checkpoint.load_weights(model, weights["model"], path)
         log.line(f"weights from {path}")
-    return 0, 0
+    return 0, 0, 0.0
 
 
 def finished(cfg: Config, plan: Plan, state: dict[str, Any]) -> bool:
@@ -450,10 +521,12 @@ def outcome(cfg: Config) -> str:
 
 
 class Stopwatch:
-    """Speed of training, without the time that `paused` covers."""
+    """Speed of training without the time that `paused` covers, seconds since the run's beginning, saves by the clock."""
 
-    def __init__(self, device: torch.device, tokens: int):
-        self.device, self.since, self.tokens = device, time.monotonic(), tokens
+    def __init__(self, device: torch.device, tokens: int, elapsed_s: float, save_interval: float | None):
+        self.device, self.tokens, self.save_interval = device, tokens, save_interval
+        self.since = self.saved = time.monotonic()  # a wall clock may jump
+        self.started = self.since - elapsed_s
 
     @contextlib.contextmanager
     def paused(self):
@@ -470,6 +543,18 @@ class Stopwatch:
         speed = (tokens - self.tokens) / (now - self.since)
         self.since, self.tokens = now, tokens
         return speed
+
+    def elapsed_s(self) -> float:
+        """Seconds of this run, earlier processes included."""
+        return time.monotonic() - self.started
+
+    def save_is_due(self) -> bool:
+        """True once per save_interval, on all ranks in the same step: rank 0's clock counts."""
+        late = self.save_interval is not None and time.monotonic() - self.saved > self.save_interval
+        due = bool(distributed.largest(int(late and distributed.rank() == 0)))
+        if due:
+            self.saved = time.monotonic()
+        return due
 
 
 def every(step: int, period: int) -> bool:

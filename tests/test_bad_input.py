@@ -99,6 +99,9 @@ def nothing(folder: Path) -> None:
 TRAIN = [  # name, options after the tiny run's, what is broken first, words of the message
     ("unknown option", ["--lr=1e-3"], nothing, ["unknown option --lr", "max_lr"]),
     ("abbreviated option", ["--max_step=3"], nothing, ["unknown option --max_step", "--max_steps"]),
+    ("duration that is none", ["--time_limit=3 hours"], nothing, ["time_limit", "3 hours"]),
+    ("no time between saves", ["--save_interval=0"], nothing, ["save_interval", "0"]),
+    ("kill switch is on", ["--kill_switch={}/data/meta.json"], nothing, ["kill switch", "meta.json"]),
     ("word for a number", ["--max_steps=many"], nothing, ["max_steps", "int", "many"]),
     ("fraction of a step", ["--max_steps=1.5"], nothing, ["max_steps", "1.5"]),
     ("learning rate not a number", ["--max_lr=nan"], nothing, ["max_lr", "nan"]),

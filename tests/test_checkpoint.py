@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 
@@ -21,12 +22,16 @@ from model import Transformer
 from optimizers import OptimConfig, build_optimizer
 
 
-def save(run_dir, model, optimizer, step=3, raw_model: Transformer | None = None):
-    return checkpoint.save(
-        run_dir, step=step, tokens=96, model=model, optimizer=optimizer, loader={"epoch": 0, "position": 12},
+def save(run_dir, model, optimizer, step=3, raw_model: Transformer | None = None, permanent=True):
+    writer = checkpoint.Writer(run_dir)
+    path = writer.save(
+        step=step, tokens=96, model=model, optimizer=optimizer, permanent=permanent, loader={"sequences": 12},
         config={"model": dataclasses.asdict((raw_model or model).config)},
         tokenizer={"name": "bytes", "vocab_size": 257, "eot_id": 256}, metrics={"loss": 2.5},
     )  # fmt: skip
+    writer.wait()
+    assert not writer.failed
+    return path
 
 
 def learn(model: nn.Module, optimizer, steps: int, seed: int = 0) -> list[float]:
@@ -63,7 +68,7 @@ def test_a_loaded_model_gives_the_same_logits(shape, tmp_path, tokens):
     save(tmp_path, model, adam(model))
     loaded, meta = checkpoint.load_model(tmp_path)
     assert torch.equal(loaded(tokens), model(tokens)) and not loaded.training
-    assert (meta["step"], meta["tokens"], meta["loader"]["position"], meta["metrics"]) == (3, 96, 12, {"loss": 2.5})
+    assert (meta["step"], meta["tokens"], meta["loader"]["sequences"], meta["metrics"]) == (3, 96, 12, {"loss": 2.5})
     assert meta["path"] == str(tmp_path / "checkpoint_step_3.pt") and "model" not in meta and "optimizer" not in meta
 
 
@@ -290,7 +295,7 @@ def files(folder) -> list[str]:
 def test_a_write_that_fails_half_way_leaves_the_older_file_alone(failure, tmp_path, monkeypatch):
     model = tiny_model()
     path = save(tmp_path, model, adam(model))
-    before = path.read_bytes()
+    before, state = path.read_bytes(), checkpoint.read(path)
 
     def half(state, file):
         file.write(before[: len(before) // 2])
@@ -299,8 +304,76 @@ def test_a_write_that_fails_half_way_leaves_the_older_file_alone(failure, tmp_pa
     monkeypatch.setattr(torch, "save", half)
     for step in (3, 4):  # over the old file, and beside it
         with pytest.raises(type(failure)):
-            save(tmp_path, model, adam(model), step=step)
+            checkpoint.write(checkpoint.path_of(tmp_path, step), state)
     assert files(tmp_path) == [path.name] and path.read_bytes() == before
+
+
+def test_a_failed_save_is_reported_and_the_next_one_works(tmp_path, monkeypatch):
+    model, warnings = tiny_model(), []
+    writer = checkpoint.Writer(tmp_path, warnings.append)
+    facts = {"tokens": 1, "config": {"model": dataclasses.asdict(model.config)}, "tokenizer": {}}
+    real, full = torch.save, OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(full))
+    writer.save(step=1, model=model, optimizer=adam(model), permanent=True, **facts)
+    writer.wait()
+    assert "No space left" in warnings[0] and "checkpoint_step_1.pt" in warnings[0] and files(tmp_path) == []
+    monkeypatch.setattr(torch, "save", real)
+    writer.save(step=2, model=model, optimizer=adam(model), permanent=True, **facts)
+    writer.wait()
+    assert files(tmp_path) == ["checkpoint_step_2.pt"] and not writer.failed
+
+
+def test_a_save_holds_the_weights_of_its_moment_though_training_goes_on(tmp_path, monkeypatch):
+    model = tiny_model()
+    optimizer = adam(model)
+    learn(model, optimizer, 1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments = optimizer.state_dict()["state"][0]["exp_avg"].clone(), optimizer.state_dict()["state"][0]["step"].clone()
+    go, real = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (go.wait(10), real(*args)))
+    writer = checkpoint.Writer(tmp_path)
+    facts = {"tokens": 1, "config": {"model": dataclasses.asdict(model.config)}, "tokenizer": {}}
+    path = writer.save(step=1, model=model, optimizer=optimizer, permanent=True, **facts)
+    learn(model, optimizer, 2)
+    go.set()
+    writer.wait()
+    state = checkpoint.read(path)
+    assert all(torch.equal(state["model"][name], tensor) for name, tensor in before.items())
+    first = next(iter(state["optimizer"]["state"].values()))
+    assert torch.equal(first["exp_avg"], moments[0]) and torch.equal(first["step"], moments[1])
+
+
+def test_a_temporary_checkpoint_goes_when_a_newer_one_is_safe_and_permanent_ones_stay(tmp_path, monkeypatch):
+    model = tiny_model()
+    for step, permanent, left in (
+        (1, True, ["checkpoint_step_1.pt"]),
+        (2, False, ["checkpoint_step_1.pt", "temporary_step_2.pt"]),
+        (3, False, ["checkpoint_step_1.pt", "temporary_step_3.pt"]),
+        (4, True, ["checkpoint_step_1.pt", "checkpoint_step_4.pt"]),
+    ):
+        save(tmp_path, model, adam(model), step=step, permanent=permanent)
+        assert files(tmp_path) == left
+    save(tmp_path, model, adam(model), step=5, permanent=False)
+    monkeypatch.setattr(checkpoint, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    writer = checkpoint.Writer(tmp_path)
+    writer.save(step=6, model=model, optimizer=adam(model), permanent=True)
+    writer.wait()
+    assert "temporary_step_5.pt" in files(tmp_path), "the older one goes only after the newer is complete"
+
+
+def test_the_newest_readable_checkpoint_wins(tmp_path):
+    model, warnings = tiny_model(), []
+    for step, permanent in ((1, True), (2, True), (3, False)):
+        save(tmp_path, model, adam(model), step=step, permanent=permanent)
+    damage = tmp_path / "temporary_step_3.pt"
+    damage.write_bytes(damage.read_bytes()[:-100])
+    path, state = checkpoint.read_latest(tmp_path, warnings.append) or (None, {})
+    assert path == tmp_path / "checkpoint_step_2.pt" and state["step"] == 2 and "temporary_step_3.pt" in warnings[0]
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        checkpoint.read_latest(tmp_path, warnings.append)
+    assert checkpoint.read_latest(tmp_path / "nowhere", warnings.append) is None
 
 
 KILLED = """

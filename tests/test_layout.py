@@ -18,6 +18,7 @@ IMPORTS = {
     "diffusion": {"model"},
     "data_pipeline": {"config"},
     "checkpoint": {"config", "model", "distributed"},
+    "safety": {"distributed"},
     "eval_hellaswag": {"config", "model", "data_pipeline", "checkpoint", "distributed", "diffusion"},
     "chat": {"config", "model", "data_pipeline", "checkpoint", "diffusion"},
 }
@@ -28,7 +29,7 @@ LAZY = {"diffusion"}  # imported inside the branch that needs it
 
 REQUIREMENTS = {"torch", "numpy", "tiktoken", "datasets", "huggingface-hub", "tqdm", "matplotlib"}
 AT_THE_TOP = {"torch", "numpy", "tiktoken", "tqdm"}  # the others only inside the function that needs them
-OPTIONAL = {"transformers", "safetensors", "lm_eval", "wandb", "tensorboard", "tokenizers", "gigatoken"}
+OPTIONAL = {"transformers", "safetensors", "lm_eval", "wandb", "tensorboard", "tokenizers", "gigatoken", "isal"}
 INDIRECT = {"requests": "tiktoken", "pyarrow": "datasets", "fsspec": "datasets"}  # comes with
 
 FILES = sorted(path for path in ROOT.glob("*.py"))
