@@ -1675,7 +1675,7 @@ def decontaminate(
         f"{out_dir}: {len(hits):,} of {documents:,} training documents ({len(hits) / documents:.4%}) share {ngram} words"
     )
     print(
-        f"  in a row with {len({item for *_, item in hits}):,} of {len(items):,} items of {against}; {short} items too short"
+        f"  in a row with at least {len({item for *_, item in hits}):,} of {len(items):,} items of {against}; {short} items too short"
     )
     print(f"  {tokens / seconds / 1e6:.2f}M tokens/s with {workers or _cores()} processes")
     if write is not None:
