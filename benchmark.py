@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 
 import config
-from data_pipeline import TokenLoader, _cores, decontaminate, find_files, load_tokenizer, prepare, read_chunks, verify
+from data_pipeline import _cores, decontaminate, find_files, prepare, read_chunks, verify
+from shards import TokenLoader, load_tokenizer
 
 TEXTBOOKS = Path(__file__).resolve().parent.parent / "shared" / "data" / "textbooks"
 

@@ -93,8 +93,8 @@ if __name__ == "__main__":
 import torch
 
 import checkpoint
-from data_pipeline import Tokenizer, load_tokenizer
 from model import Transformer, generate
+from shards import Tokenizer, load_tokenizer
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # options that `generate` takes as they are
 PROMPT = "The meaning of life is"  # of /bench and /compare

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import config
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    sections = {"model": "model.py:ModelConfig", "data": "data_pipeline.py:DataConfig"}
+    sections = {"model": "model.py:ModelConfig", "data": "shards.py:DataConfig"}
     sections |= {"optim": "optimizers.py:OptimConfig", "train": "training.py:TrainConfig"}
     config.answer_help(__doc__, sections)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve on shared cores
@@ -38,10 +38,10 @@ import distributed
 import eval_hellaswag
 import metrics
 import safety
-from data_pipeline import DataConfig, Dataset, Tokenizer, TokenLoader, load_tokenizer, validation_batches
 from distributed import Dist
 from model import ModelConfig, Transformer, generate
 from optimizers import OptimConfig, build_optimizer, clip_gradients, lr_at, set_lr
+from shards import DataConfig, Dataset, Tokenizer, TokenLoader, load_tokenizer, validation_batches
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = "The", 200  # the text sampled during training
 GPT2_VOCAB = 50257  # for a plan without data

@@ -17,8 +17,8 @@ import torch
 import chat
 import checkpoint
 import config
-from data_pipeline import load_tokenizer
 from model import ModelConfig, Transformer, next_logits, penalize, sample
+from shards import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, str(ROOT / "chat.py")]

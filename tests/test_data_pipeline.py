@@ -29,19 +29,9 @@ import pytest
 from conftest import ROOT, shared
 
 import data_pipeline
-from data_pipeline import (
-    Dataset,
-    Order,
-    TokenLoader,
-    find_files,
-    load_tokenizer,
-    permute,
-    prepare,
-    read_shard,
-    sample,
-    validation_batches,
-    write_shard,
-)
+import shards
+from data_pipeline import find_files, prepare, sample
+from shards import Dataset, Order, TokenLoader, load_tokenizer, permute, read_shard, validation_batches, write_shard
 
 DOCUMENTS = [f"Document {i}: {'word ' * (i * 7 % 50)}ünïcode 猫 <|endoftext|>\n\nend {i}." for i in range(200)]
 
@@ -80,8 +70,8 @@ def hashes(folder: Path) -> dict[str, str]:
 def write_dataset(folder: Path, train: list[np.ndarray], val: list[np.ndarray] | None = None) -> Path:
     """Shards as another program would leave them: no meta.json, gpt2."""
     folder.mkdir()
-    for split, shards in ("train", train), ("val", val or []):
-        for number, tokens in enumerate(shards):
+    for split, parts in ("train", train), ("val", val or []):
+        for number, tokens in enumerate(parts):
             write_shard(folder / f"{split}_{number:06d}.bin", tokens.astype(np.uint16))
     return folder
 
@@ -108,7 +98,7 @@ def test_bytes_are_their_own_tokens():
 def test_gpt2(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken_cache")))
     tokenizer = load_tokenizer("gpt2")
-    assert tokenizer.info() == data_pipeline.GPT2
+    assert tokenizer.info() == shards.GPT2
     assert tokenizer.encode("Hello world<|endoftext|>")[:2] == [15496, 995]
     assert tokenizer.eot_id not in tokenizer.encode("<|endoftext|>")
     assert tokenizer.byte_lengths()[[15496, 995, 50256]].tolist() == [5, 6, 0]
@@ -201,7 +191,7 @@ def test_foreign_shards_are_read(tmp_path):
         header = struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253)
         (tmp_path / name).write_bytes(header + tokens.tobytes())
     dataset = Dataset(tmp_path)
-    assert dataset.tokenizer == data_pipeline.GPT2
+    assert dataset.tokenizer == shards.GPT2
     assert np.array_equal(dataset.read(dataset.shards("train")[0]), tokens)
     assert dataset.shards("val")[0]["file"] == "fineweb_val_000000.bin"
 
@@ -424,7 +414,7 @@ def test_big_vocabularies_need_32_bits(tmp_path, monkeypatch):
     wide = type(encoding)(
         "wide", pat_str=r"(?s:.)", mergeable_ranks=encoding._mergeable_ranks, special_tokens={"<|endoftext|>": 70000}
     )
-    monkeypatch.setattr(data_pipeline, "_bytes_encoding", lambda: wide)
+    monkeypatch.setattr(shards, "_bytes_encoding", lambda: wide)
     prepare(str(write_jsonl(tmp_path / "x.jsonl", DOCUMENTS)), str(tmp_path / "d"), tokenizer="bytes", workers=1)
     tokens = all_tokens(tmp_path / "d", "train")
     assert (tokens.dtype, tokens[-1]) == (np.uint32, 70000)
@@ -765,7 +755,7 @@ def test_stages_change_the_weights_at_a_step(tmp_path):
 def test_stages_that_make_no_sense():
     for stages in "x", "5: a=1; 5: a=1", "5: b=1", "5: a=-1", "5: a=0", "5: a=x", "0: a=1":
         with pytest.raises(ValueError, match=r"stages|sources"):
-            data_pipeline.DataConfig(sources={"a": 1.0}, stages=stages)
+            shards.DataConfig(sources={"a": 1.0}, stages=stages)
 
 
 def test_unique_tokens_are_the_first_ones_every_epoch(data):
@@ -792,7 +782,7 @@ def test_each_source_of_a_mixture_has_exact_epochs():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000, 1025, 65537])
 def test_permutation(n):
-    key = data_pipeline.key_of(1, 2, n)
+    key = shards.key_of(1, 2, n)
     assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
 
 
@@ -800,7 +790,7 @@ def test_permutation_is_as_random_as_numpy():
     """Serial correlation of 20 keys over 10,000 numbers; an affine round function gives |z| up to 10."""
     scores = []
     for key in range(20):
-        x = permute(np.arange(10_000), 10_000, data_pipeline.key_of(key)).astype(float)
+        x = permute(np.arange(10_000), 10_000, shards.key_of(key)).astype(float)
         scores.append(np.corrcoef(x[:-1], x[1:])[0, 1] * 100)
     assert max(map(abs, scores)) < 4
 
@@ -935,7 +925,7 @@ def test_bad_options_are_one_line(tmp_path):
 def test_a_folder_has_one_writer_and_one_job(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", DOCUMENTS)
     common = {"source": str(path), "out_dir": str(tmp_path / "d"), "tokenizer": "bytes", "workers": 1}
-    with data_pipeline._locked(tmp_path / "d"), pytest.raises(ValueError, match="another process is writing"):
+    with shards.locked(tmp_path / "d"), pytest.raises(ValueError, match="another process is writing"):
         prepare(**common)
     prepare(**common)
     before = hashes(tmp_path / "d")
@@ -954,7 +944,7 @@ def test_tokenizers_of_two_sources_must_agree(data, tmp_path):
 def test_weights_that_make_no_sense(data):
     for weights in {}, {str(data): -1.0}, {str(data): 0.0}, {str(data): 1.0, "other": 1e-9}:
         with pytest.raises(ValueError, match="sources"):
-            data_pipeline.DataConfig(sources=weights)
+            shards.DataConfig(sources=weights)
 
 
 def test_seq_len_longer_than_any_shard(data):

@@ -16,13 +16,14 @@ IMPORTS = {
     "optimizers": set(),
     "metrics": {"config"},
     "diffusion": {"model"},
-    "data_pipeline": {"config"},
+    "shards": {"config"},
+    "data_pipeline": {"config", "shards"},
     "checkpoint": {"config", "model", "distributed"},
     "safety": {"distributed"},
-    "eval_hellaswag": {"config", "model", "data_pipeline", "checkpoint", "distributed", "diffusion"},
-    "chat": {"config", "model", "data_pipeline", "checkpoint", "diffusion"},
+    "eval_hellaswag": {"config", "model", "shards", "checkpoint", "distributed", "diffusion"},
+    "chat": {"config", "model", "shards", "checkpoint", "diffusion"},
 }
-IMPORTS["training"] = IMPORTS.keys() - {"chat"}
+IMPORTS["training"] = IMPORTS.keys() - {"chat", "data_pipeline"}
 EXTRAS = ("convert_hf", "eval_lm_harness", "scaling_laws", "benchmark")  # import anything above, imported by nothing
 IMPORTS |= {name: IMPORTS.keys() - {"chat"} | {"chat"} for name in EXTRAS}
 LAZY = {"diffusion"}  # imported inside the branch that needs it

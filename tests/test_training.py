@@ -17,6 +17,7 @@ import torch
 import checkpoint
 import data_pipeline
 import metrics
+import shards
 import training
 from config import parse_config
 
@@ -98,7 +99,7 @@ def test_bits_per_byte_of_a_byte_model_is_its_loss_in_bits(undisturbed):
 
 def test_validation_loss_is_the_mean_over_the_validation_tokens(undisturbed, data):
     model, _ = checkpoint.load_model(undisturbed)
-    tokens = torch.from_numpy(data_pipeline.read_shard(data / "val_000000.bin").astype("int64"))[: 2000 + 1]
+    tokens = torch.from_numpy(shards.read_shard(data / "val_000000.bin").astype("int64"))[: 2000 + 1]
     total = 0.0
     for start in range(0, 2000, 32):
         window = tokens[start : start + 33]
