@@ -3,6 +3,7 @@
     python benchmark.py data                          # text to shards, shards to batches, decontamination
     python benchmark.py data --output=data.json       # the same numbers for a program
     python benchmark.py data --source="my/*.jsonl.gz" --repeat=1
+    python benchmark.py checkpoint                    # how long a save holds up training
 
 Everything of one table is measured in one run, best of --rounds: compare rows, not days. Reads the source (default: real
 text beside the repository, or else the Python reference), writes only below a temporary folder.
@@ -17,6 +18,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -222,12 +224,60 @@ def report(rates: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+# ---- checkpoint ------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_benchmark(rounds: int, folder: Path) -> dict[str, float]:
+    """Seconds that a save keeps the training loop waiting: plain torch.save against checkpoint.Writer; medians."""
+    import torch
+
+    import checkpoint
+    from model import ModelConfig, Transformer
+    from optimizers import OptimConfig, build_optimizer
+
+    model = Transformer(ModelConfig(dim=512, n_layers=8, n_heads=8, vocab_size=50257, seq_len=256))
+    optimizer = build_optimizer(model, OptimConfig())
+    tokens = torch.randint(0, 50257, (1, 64))
+    model(tokens, tokens).backward()
+    optimizer.step()
+
+    def plain() -> None:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "plain.pt")
+
+    writer = checkpoint.Writer(folder)
+
+    def ours() -> None:
+        writer.save(step=1, model=model, optimizer=optimizer, permanent=True)
+
+    times: dict[str, list[float]] = {"plain": [], "blocked": [], "written": []}
+    for _ in range(rounds + 1):
+        times["plain"].append(best(1, plain))
+        times["blocked"].append(best(1, ours))
+        times["written"].append(times["blocked"][-1] + best(1, writer.wait))
+    rates = {f"{name}_s": statistics.median(values[1:]) for name, values in times.items()}  # the first fills buffers
+    rates["first_blocked_s"] = times["blocked"][0]
+    return {"state_gb": (folder / "plain.pt").stat().st_size / 1e9, **rates}
+
+
+def checkpoint_report(rates: dict[str, float]) -> str:
+    """The promise: a save blocks at most a quarter of what torch.save does."""
+    return "\n".join(
+        [
+            f"state                              {rates['state_gb']:.2f} GB",
+            f"plain torch.save blocks            {rates['plain_s'] * 1e3:.0f} ms",
+            f"checkpoint.Writer.save blocks      {rates['blocked_s'] * 1e3:.0f} ms"
+            f" ({rates['blocked_s'] / rates['plain_s']:.1%}); the first save {rates['first_blocked_s'] * 1e3:.0f} ms",
+            f"on the disk, fsync included, after {rates['written_s'] * 1e3:.0f} ms",
+        ]
+    )
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = config.ArgumentParser()
-    parser.add_argument("section", choices=["data"], help="what to measure")
+    parser.add_argument("section", choices=["data", "checkpoint"], help="what to measure")
     parser.add_argument("--source", default="", help="JSONL files of text (default: ../shared/data/textbooks/train*)")
     parser.add_argument("--repeat", type=int, default=40, help="times to read the source, for enough text [40]")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of which the best counts [2]")
@@ -235,9 +285,13 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = args.source or (f"{TEXTBOOKS}/train*" if TEXTBOOKS.exists() else _reference(folder))
-        rates = data_benchmark(source, args.repeat, args.rounds, folder)
-    print(report(rates))
+        if args.section == "data":
+            source = args.source or (f"{TEXTBOOKS}/train*" if TEXTBOOKS.exists() else _reference(folder))
+            rates = data_benchmark(source, args.repeat, args.rounds, folder)
+            print(report(rates))
+        else:
+            rates = checkpoint_benchmark(args.rounds, folder)
+            print(checkpoint_report(rates))
     if args.output:
         Path(args.output).write_text(json.dumps(rates, indent=1) + "\n")
 
