@@ -2,6 +2,9 @@
 
     python eval_hellaswag.py --checkpoint checkpoints                       # all 10,042 validation items
     python eval_hellaswag.py --checkpoint checkpoints --num_examples 1000 --output scores.json
+    python eval_hellaswag.py --checkpoint checkpoints --all                 # every checkpoint of the run, and a plot
+    python eval_hellaswag.py --checkpoint hf:openai-community/gpt2          # a model of the Hub, or hf:FOLDER
+    python eval_hellaswag.py --compare a.json b.json                        # is b better than a?
     torchrun --standalone --nproc_per_node=8 eval_hellaswag.py --checkpoint checkpoints
 
 Items are read from --data, downloaded there once. Text, tokens and scores follow EleutherAI's lm-evaluation-harness:
@@ -9,14 +12,19 @@ acc picks the ending of the highest log-likelihood, acc_norm divides it by the e
 The token mean (log-likelihood / number of tokens) is the rule of the seed and of build-nanogpt.
 """
 
+# Tensor dimensions: B batch, T tokens, D dim, V vocabulary; U scored positions, W endings of a row, at most
+
 import contextlib
+import hashlib
 import json
 import math
 import os
+import platform
 import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from config import ArgumentParser, run
@@ -27,7 +35,9 @@ DATA = "data/hellaswag_val.jsonl"
 def parse(argv: list[str] | None = None) -> Any:
     """The command line. Runs before torch is imported, which takes seconds."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", help="file, run directory or Hub id")
+    parser.add_argument("--checkpoint", help="file, run directory or Hub id; hf:NAME is a model for transformers")
+    parser.add_argument("--all", action="store_true", help="score every checkpoint of the run, plot RUN/hellaswag.png")
+    parser.add_argument("--compare", nargs=2, metavar="JSON", help="difference of two --output files, score nothing")
     parser.add_argument("--download", action="store_true", help="only fetch the items, score nothing")
     parser.add_argument("--data", default=DATA, help=f"HellaSwag .jsonl, downloaded when it is the default [{DATA}]")
     parser.add_argument("--num_examples", type=int, help="only the first N items [all]")
@@ -40,19 +50,21 @@ def parse(argv: list[str] | None = None) -> Any:
 if __name__ == "__main__":
     ARGS = parse()
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 import distributed
-from data_pipeline import Tokenizer, load_tokenizer
-from model import Transformer
+from shards import load_tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 HUB = "Rowan/hellaswag"  # the same items as a data set of the Hub
 N_VALIDATION = 10_042
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}  # tokens forwarded at once, padding included
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}  # tokens forwarded at once, padding included
+HEAD_ROWS = {"cpu": 128, "cuda": 4096}  # rows of logits held at once; a CPU reuses 25 MB, but maps 50 MB anew each time
+RULES = {"acc": "acc", "acc_norm": "acc_norm", "acc_token_mean": "token mean"}
 REFERENCES = (  # acc, acc_norm in lm-evaluation-harness
     ("chance", 25.0, 25.0),
     ("GPT-2 124M", 28.92, 31.14),
@@ -74,37 +86,44 @@ class Row(NamedTuple):
     first: int  # number of its first ending
     context: list[int]
     endings: list[list[int]]
+    cut_contexts: int = 0  # 1 where the context lost tokens on its left
+    cut_endings: int = 0  # how many endings did
 
     @property
     def length(self) -> int:
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
+DUMMY = Row(-1, 0, [0], [[0]])  # for a rank that has no batch left while others have
+
+
 def load_items(path: str | Path, limit: int | None = None) -> list[Item]:
     """Read a HellaSwag .jsonl file. Raises ValueError naming the line that is wrong."""
     items = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if limit is not None and len(items) == limit:
                     break
                 items.append(_parse(line, f"{path}:{number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     if not items:
         raise ValueError(f"{path} holds no items")
     return items
 
 
-def _parse(line: str, where: str) -> Item:
+def _parse(line: bytes, where: str) -> Item:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8"))
         context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
         item = Item(clean(context), [clean(ending) for ending in record["endings"]], int(record["label"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is no HellaSwag item ({type(error).__name__}: {error})") from error
-    if len(item.endings) != 4 or not 0 <= item.label < 4 or not all(item.endings):
+    if len(item.endings) != 4 or not 0 <= item.label < 4:
         raise ValueError(f"{where} needs 4 endings and a label of 0..3, has {len(item.endings)} and {item.label}")
+    if not all(item.endings):
+        raise ValueError(f"{where}: ending {item.endings.index('')} is empty")
     return item
 
 
@@ -148,27 +167,33 @@ def _from_hub(path: Path) -> int:
     return len(load_items(path))
 
 
-def rows_of(items: Iterable[tuple[int, Item]], tokenizer: Tokenizer, seq_len: int) -> Iterator[Row]:
-    """Tokenise: an ending's tokens are those of context + ' ' + ending after as many as the context alone has.
-
-    Four endings share one row, so the context is computed once. Where the context must be cut from the left to fit
-    seq_len, it is cut for each ending by itself, which takes a row each.
-    """
+def rows_of(items: Iterable[tuple[int, Item]], tokenizer: Any, seq_len: int, share: bool = True) -> Iterator[Row]:
+    """Tokenise: an ending's tokens are those of context + ' ' + ending after as many as the context alone has."""
     for index, item in items:
         context = tokenizer.encode(item.context.rstrip()) or [tokenizer.eot_id]  # a last space belongs to the ending
         endings = [tokenizer.encode(f"{item.context} {ending}")[len(context) :] for ending in item.endings]
-        endings = [ending[-seq_len:] for ending in endings]
-        if len(context) + max(map(len, endings)) - 1 <= seq_len:
-            yield Row(index, 0, context, endings)
-        else:
-            for number, ending in enumerate(endings):
-                yield Row(index, number, context[-(seq_len + 1 - len(ending)) :], [ending])
+        yield from fit(index, context, endings, seq_len, share)
+
+
+def fit(index: int, context: list[int], endings: list[list[int]], seq_len: int, share: bool = True) -> Iterator[Row]:
+    """All endings in one row, so that the context is computed once. Where the context must be cut from the left to
+    fit seq_len, it is cut for each ending by itself, which takes a row each.
+    """
+    if not all(endings):
+        raise ValueError(f"item {index}: ending {endings.index([])} has no tokens of its own after its context")
+    if share and len(context) + max(map(len, endings)) - 1 <= seq_len:
+        yield Row(index, 0, context, endings)
+        return
+    for number, ending in enumerate(endings):
+        kept = ending[-seq_len:]
+        start = max(0, len(context) + len(kept) - 1 - seq_len)
+        yield Row(index, number, context[start:], [kept], int(start > 0), int(len(kept) < len(ending)))
 
 
 def batches_of(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
     """Rows of similar length together, longest first, so that little is padding and memory peaks at once."""
     batch: list[Row] = []
-    for row in sorted(rows, key=lambda row: -row.length):
+    for row in sorted(rows, key=lambda row: (-row.length, row.item, row.first)):
         if batch and (len(batch) + 1) * batch[0].length > batch_tokens:
             yield batch
             batch = []
@@ -177,82 +202,117 @@ def batches_of(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def score(model: Transformer, rows: list[Row], device: torch.device) -> list[tuple[Row, list[float]]]:
-    """Log-likelihood (nats) of each ending of each row, in one forward pass; logits only where an ending is scored."""
-    B, T = len(rows), max(row.length for row in rows)
-    tokens = torch.zeros(B, T, dtype=torch.long)
-    positions = torch.zeros(B, T, dtype=torch.long)
-    segments = torch.zeros(B, T, dtype=torch.long)  # 0 the context (and padding), 1.. the endings
-    at, targets, owner = [], [], []  # flat position, token to predict there, number of the ending among all
-    n_endings = 0
-    for b, row in enumerate(rows):
-        C = len(row.context)
-        tokens[b, :C], positions[b, :C] = torch.tensor(row.context), torch.arange(C)
-        start = C
-        for segment, ending in enumerate(row.endings, 1):
-            end = start + len(ending) - 1  # the last token is only predicted
-            tokens[b, start:end] = torch.tensor(ending[:-1], dtype=torch.long)
-            positions[b, start:end] = torch.arange(C, C + end - start)
-            segments[b, start:end] = segment
-            at += [b * T + C - 1, *range(b * T + start, b * T + end)]
-            targets += ending
-            owner += [n_endings] * len(ending)
-            start, n_endings = end, n_endings + 1
-    tokens, positions, segments = (x.to(device, non_blocking=True) for x in (tokens, positions, segments))
-    same = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)  # [B, T, T]
-    mask = same.tril()[:, None]  # [B, 1, T, T]: the context and the ending's own past
-    hidden = model.hidden(tokens, positions=positions, mask=mask).flatten(0, 1)  # [B*T, D]
-    logprobs = _logprobs(model, hidden[torch.tensor(at, device=device)], torch.tensor(targets, device=device))
-    sums = torch.zeros(n_endings, dtype=torch.float64).index_add_(0, torch.tensor(owner), logprobs.cpu().double())
-    values = iter(sums.tolist())
-    return [(row, [next(values) for _ in row.endings]) for row in rows]
+def score_rows(
+    model: Any, rows: list[Row], dtype: torch.dtype | None = None, progress: bool = False
+) -> list[tuple[Row, list[float], list[bool]]]:
+    """Each row with (log-likelihood in nats, is it the greedy continuation?) of its endings, on every rank.
 
-
-def _logprobs(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log p(target) for hidden states [n, D], in slices so that the fp32 logits stay below 1 GB."""
-    slices = zip(hidden.split(4096), targets.split(4096), strict=True)
-    return torch.cat([-model.loss(h, t, reduction="none") for h, t in slices])
-
-
-def evaluate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    items: list[Item],
-    *,
-    dtype: torch.dtype | None = None,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Score `items` on all ranks (each takes every world_size-th) and return what --output holds, on every rank.
-
-    dtype: autocast to it; None = the dtype of the weights.
+    Ranks take whole batches in turn: the batches, hence the scores, are the same for any number of ranks, and all
+    ranks make as many forward passes (a sharded model would wait for the missing one).
     """
-    device = model.embed_tokens.weight.device
-    mine = list(enumerate(items))[distributed.rank() :: distributed.world_size()]
-    rows = list(rows_of(mine, tokenizer, model.config.seq_len))
-    sums = {index: [0.0] * 4 for index, _ in mine}
+    device = next(model.parameters()).device
+    budget = min(BATCH_TOKENS[device.type], getattr(model, "max_batch_tokens", 1 << 30))
+    batches = list(batches_of(rows, budget))
+    mine = batches[distributed.rank() :: distributed.world_size()]
+    mine += [[DUMMY]] * (-(-len(batches) // distributed.world_size()) - len(mine))
     cast = torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
     was_training = model.training
     model.eval()
-    started = time.monotonic()
-    with torch.inference_mode(), cast, tqdm(total=len(mine), unit="item", disable=not progress) as bar:
-        for batch in batches_of(rows, BATCH_TOKENS[device.type]):
-            for row, values in score(model, batch, device):
-                sums[row.item][row.first : row.first + len(values)] = values
-            bar.update(sum(len(row.endings) for row in batch) / 4)
+    with torch.inference_mode(), cast:
+        scores = [score(model, batch, device) for batch in tqdm(mine, unit="batch", disable=None if progress else True)]
     model.train(was_training)
-    all_sums: dict[int, list[float]] = {}
-    for part in distributed.gather(sums):
-        all_sums.update(part)
-    lengths = {row.item: [] for row in rows}
-    for row in rows:
-        lengths[row.item] += [len(ending) for ending in row.endings]
-    n_tokens: dict[int, list[int]] = {}
-    for part in distributed.gather(lengths):
-        n_tokens.update(part)
-    return {**result(items, all_sums, n_tokens), "items_per_s": len(items) / (time.monotonic() - started)}
+    sums, greedy = (torch.cat(part).tolist() if part else [] for part in zip(*scores)) if scores else ([], [])
+    return [x for part in distributed.gather(list(_per_row(mine, sums, greedy))) for x in part]
 
 
-def result(items: list[Item], sums: dict[int, list[float]], n_tokens: dict[int, list[int]]) -> dict[str, Any]:
+def _per_row(batches: list[list[Row]], sums: list[float], greedy: list[bool]) -> Iterator[tuple]:
+    at = 0
+    for row in (row for batch in batches for row in batch):
+        end = at + len(row.endings)
+        if row is not DUMMY:
+            yield row, sums[at:end], greedy[at:end]
+        at = end
+
+
+def score(model: Any, rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Log-likelihood (nats, fp64) and greediness of each ending of each row, in order: one forward pass, logits only
+    where an ending is scored, nothing waits for the device.
+    """
+    packed, at, targets, owner = (x.to(device, non_blocking=True) for x in pack(rows))
+    tokens, positions, segments = packed  # [B, T] each
+    same = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)  # [B, T, T]
+    mask = same.tril()[:, None]  # [B, 1, T, T]: the context and the ending's own past
+    hidden = model.hidden(tokens, positions=positions, mask=mask).flatten(0, 1)[at]  # [U, D]
+    n = HEAD_ROWS[device.type]
+    parts = [_logprobs(model, h, t) for h, t in zip(hidden.split(n), targets.split(n), strict=True)]
+    logprobs, best = (torch.cat(part).flatten() for part in zip(*parts, strict=True))  # [U*W]
+    n_endings = sum(len(row.endings) for row in rows)
+    sums = logprobs.new_zeros(n_endings + 1, dtype=torch.float64).index_add_(0, owner.flatten(), logprobs.double())
+    misses = sums.new_zeros(n_endings + 1).index_add_(0, owner.flatten(), (~best).double())
+    return sums[:-1], misses[:-1] == 0
+
+
+def pack(rows: list[Row]) -> list[Tensor]:
+    """tokens, positions and segments [3, B, T]; at [U], targets [U, W], owner [U, W].
+
+    segments: 0 the context (and padding), 1.. the endings. at: the flat positions that are scored; targets: what is to
+    be predicted there (the context's last token has one target per ending); owner: of which ending among all.
+    """
+    B, T, W = len(rows), max(row.length for row in rows), max(len(row.endings) for row in rows)
+    U = sum(row.length - len(row.context) + 1 for row in rows)
+    packed = np.zeros((3, B, T), dtype=np.int64)
+    targets, owner = np.zeros((U, W), dtype=np.int64), np.full((U, W), sum(len(row.endings) for row in rows))
+    at: list[int] = []
+    ending_id = 0
+    for b, row in enumerate(rows):
+        C, start, u = len(row.context), len(row.context), len(at)
+        packed[0, b, :C], packed[1, b, :C] = row.context, range(C)
+        at += range(b * T + C - 1, b * T + row.length)
+        for segment, ending in enumerate(row.endings, 1):
+            end, v = start + len(ending) - 1, u + 1 + start - C  # the last token is only predicted
+            packed[0, b, start:end], packed[1, b, start:end] = ending[:-1], range(C, C + end - start)
+            packed[2, b, start:end] = segment
+            targets[u, segment - 1], targets[v : v + end - start, 0] = ending[0], ending[1:]
+            owner[u, segment - 1] = owner[v : v + end - start, 0] = ending_id
+            start, ending_id = end, ending_id + 1
+    tensors = [torch.from_numpy(x) for x in (packed, np.array(at), targets, owner)]
+    return [x.pin_memory() for x in tensors] if torch.cuda.is_available() else tensors
+
+
+def _logprobs(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(target) in fp32 and whether the target is the likeliest, both [u, W], for hidden states [u, D]."""
+    logits = model.head(hidden).float()  # [u, V]
+    chosen, top = logits.gather(-1, targets), logits.amax(-1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)  # in place: memory is what a CPU waits for here
+    return chosen - top - total.log(), chosen >= top
+
+
+def evaluate(
+    model: Any, tokenizer: Any, items: list[Item], *, dtype: torch.dtype | None = None, progress: bool = False
+) -> dict[str, Any]:
+    """Score `items` on all ranks and return what --output holds, on every rank.
+
+    model: a Transformer or anything with its `hidden` and `head`. dtype: autocast to it; None = that of the weights.
+    """
+    started = time.monotonic()
+    mine = list(enumerate(items))[distributed.rank() :: distributed.world_size()]
+    share = getattr(model, "shares_contexts", True)
+    parts = distributed.gather(list(rows_of(mine, tokenizer, model.config.seq_len, share)))
+    rows = [row for part in parts for row in part]
+    sums: dict[int, list[float]] = {index: [0.0] * 4 for index in range(len(items))}
+    n_tokens = {index: [0] * 4 for index in range(len(items))}
+    for row, values, _ in score_rows(model, rows, dtype, progress):
+        which = slice(row.first, row.first + len(values))
+        sums[row.item][which], n_tokens[row.item][which] = values, map(len, row.endings)
+    return {
+        **result(items, sums, n_tokens),
+        "truncated_contexts": len({row.item for row in rows if row.cut_contexts}),
+        "truncated_endings": sum(row.cut_endings for row in rows),
+        "items_per_s": len(items) / (time.monotonic() - started),
+    }
+
+
+def result(items: list[Item], sums: dict[int, list], n_tokens: dict[int, list]) -> dict[str, Any]:
     """Accuracies with standard errors, and every item. Raises ValueError when a score is not finite."""
     records, right = [], {"acc": 0, "acc_norm": 0, "acc_token_mean": 0}
     for index, item in enumerate(items):
@@ -274,20 +334,140 @@ def result(items: list[Item], sums: dict[int, list[float]], n_tokens: dict[int, 
 
 
 def report(scores: dict[str, Any]) -> str:
-    """A small table: this model, then the reference rows."""
+    """A small table: this model, then the reference rows; below it what had to be cut."""
     lines = [f"HellaSwag, {scores['num_examples']:,} items   acc            acc_norm       token mean"]
-    cells = [
-        f"{100 * scores[k]:5.2f} ± {100 * scores[k + '_stderr']:4.2f}" for k in ("acc", "acc_norm", "acc_token_mean")
-    ]
+    cells = [f"{100 * scores[k]:5.2f} ± {100 * scores[k + '_stderr']:4.2f}" for k in RULES]
     lines.append(f"{'this checkpoint':<28}" + "   ".join(f"{cell:<12}" for cell in cells))
     lines += [f"{name:<28}{acc:5.2f}          {acc_norm:5.2f}" for name, acc, acc_norm in REFERENCES]
+    for what in ("contexts", "endings"):
+        if n := scores[f"truncated_{what}"]:
+            lines.append(f"{n:,} {what} were longer than the model can read and lost their beginning")
     return "\n".join(lines)
 
 
-def main(args: Any) -> None:
-    """Command line: score one checkpoint, alone or under torchrun."""
-    if args.download:
-        return download(args.data)
+# ---- Models ----------------------------------------------------------------------------------------------------------
+
+
+class HuggingFace(torch.nn.Module):
+    """A causal language model of transformers behind the two calls that scoring needs; any architecture."""
+
+    shares_contexts = False  # masks and positions of our own making are not for every architecture
+
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
+        shape: Any = network.config
+        names = ("n_positions", "max_position_embeddings", "n_ctx")  # in the order of lm-evaluation-harness
+        self.config = SimpleNamespace(seq_len=next((getattr(shape, n) for n in names if hasattr(shape, n)), 2048))
+        self.max_batch_tokens = 2**29 // shape.vocab_size  # logits of all positions are made: 2 GB
+
+    def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Logits [B, T, V]: one ending per row, padded on the right, is in the usual order."""
+        return self.network(tokens, use_cache=False).logits
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+def load_hugging_face(name: str, device: torch.device) -> tuple[HuggingFace, Any, dict[str, Any]]:
+    """(model in fp32, tokenizer, meta) of a Hub id or a folder. ValueError says in one line why not."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ValueError("hf: needs a package: pip install transformers") from error
+    try:
+        theirs: Any = AutoTokenizer.from_pretrained(name)
+        network: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except Exception as error:  # a missing repository, file, network, package or architecture: a dozen kinds
+        raise ValueError(f"transformers cannot load {name}: {type(error).__name__}: {error}") from error
+    start = theirs.bos_token_id if theirs.bos_token_id is not None else theirs.eos_token_id
+    tokenizer = SimpleNamespace(encode=theirs.encode, eot_id=start)
+    return HuggingFace(network).to(device).eval(), tokenizer, {"path": f"hf:{name}", "step": None}
+
+
+def load(path: str | Path, device: torch.device) -> tuple[Any, Any, dict[str, Any]]:
+    """(model, tokenizer, meta) of what --checkpoint says."""
+    if str(path).startswith("hf:"):
+        return load_hugging_face(str(path)[3:], device)
+    model, meta = checkpoint.load_model(path, device)
+    return model, load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256")), meta
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """One hash of names and values of all weights: the same for a file and a copy with another optimizer state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """new - old in points with its standard error over the same items (paired: what both get right cancels out)."""
+    for key in ("index", "label"):
+        if [item[key] for item in old["items"]] != [item[key] for item in new["items"]]:
+            raise ValueError(f"the files hold other items (they differ in {key}); score both on the same --data")
+    lines = [f"{'':<10}{'first':>8}{'second':>9}   difference      only first right, only second right"]
+    for rule, key in (("acc", "logprob_sums"), ("acc_norm", "logprob_norms")):
+        a, b = (np.array([i[key].index(max(i[key])) == i["label"] for i in x["items"]], float) for x in (old, new))
+        error = (b - a).std(ddof=1) / math.sqrt(len(a)) if len(a) > 1 else 0.0
+        lines.append(
+            f"{rule:<10}{100 * a.mean():8.2f}{100 * b.mean():9.2f}   {100 * (b - a).mean():+6.2f} ± {100 * error:4.2f}"
+            f"   {int((a > b).sum()):6d} {int((b > a).sum()):6d}"
+        )
+    return "\n".join(lines)
+
+
+def read_scores(path: str) -> dict[str, Any]:
+    """An --output file. Raises ValueError when it is none."""
+    try:
+        scores = json.loads(Path(path).read_text(encoding="utf-8"))
+        assert all({"index", "label", "logprob_sums", "logprob_norms"} <= item.keys() for item in scores["items"])
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no --output file of one checkpoint") from error
+    return scores
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy over steps, with standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    steps = [scores["step"] for scores in runs]
+    for rule in ("acc", "acc_norm"):
+        values, errors = ([100 * scores[rule + end] for scores in runs] for end in ("", "_stderr"))
+        axes.errorbar(steps, values, yerr=errors, marker="o", markersize=4, capsize=3, label=rule)
+    axes.axhline(25, color="grey", linestyle=":", label="chance")
+    axes.set(
+        xlabel="step", ylabel="HellaSwag accuracy, %", title=f"{path.parent.name}, {runs[0]['num_examples']:,} items"
+    )
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def settings(args: Any, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+    """What else decides the scores: kept in --output."""
+    return {
+        "data": str(args.data),
+        "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
+        "dtype": "bf16" if dtype else "fp32",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processes": distributed.world_size(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def check(args: Any) -> None:
+    """Raise ValueError for what can be known to fail before the work."""
     if not args.checkpoint:
         raise ValueError("--checkpoint is missing; give a run directory, a checkpoint file or a Hub id")
     if args.num_examples is not None and args.num_examples < 1:
@@ -296,23 +476,54 @@ def main(args: Any) -> None:
         raise ValueError(f"cannot write {args.output}: it is a folder, or {Path(args.output).parent} is not writable")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda, but torch finds no GPU here; leave it out to run on the CPU")
-    path = checkpoint.find(args.checkpoint)
-    dist = distributed.init()
+    if args.all and not Path(args.checkpoint).is_dir():
+        raise ValueError(f"--all needs a run directory as --checkpoint, got {args.checkpoint}")
+
+
+def paths_of(args: Any) -> list[str | Path]:
+    """The checkpoints to score, oldest first."""
+    if args.checkpoint.startswith("hf:"):
+        return [args.checkpoint]
+    newest = checkpoint.find(args.checkpoint)
+    return [path for _, path in reversed(checkpoint.all_of(args.checkpoint))] if args.all else [newest]
+
+
+def score_checkpoint(path: str | Path, items: list[Item], args: Any, dist: distributed.Dist) -> dict[str, Any]:
+    """Load, score, print the table; return one entry of --output."""
     device = torch.device(args.device) if args.device else dist.device
+    dtype = torch.bfloat16 if (args.dtype or ("bf16" if device.type == "cuda" else "fp32")) == "bf16" else None
+    model, tokenizer, meta = load(path, device)
+    scores = evaluate(model, tokenizer, items, dtype=dtype, progress=dist.is_main)
+    if dist.is_main:
+        where = meta["path"] if meta["step"] is None else f"{meta['path']}, step {meta['step']}"
+        print(f"{where}\n{report(scores)}\n{scores['items_per_s']:.1f} items/s on {device}", flush=True)
+    about = {"checkpoint": meta["path"], "step": meta["step"]}
+    if args.output and dist.is_main:
+        about |= {"weights_sha256": weights_sha256(model), "settings": settings(args, device, dtype)}
+    return about | scores
+
+
+def main(args: Any) -> None:
+    """Command line: score checkpoints, alone or under torchrun."""
+    if args.download:
+        return download(args.data)
+    if args.compare:
+        return print(compare(*map(read_scores, args.compare)))
+    check(args)
+    paths = paths_of(args)
+    dist = distributed.init()
     if dist.is_main and args.data == DATA and not Path(DATA).exists():
         download(DATA)
     distributed.barrier()
     items = load_items(args.data, args.num_examples)
-    model, meta = checkpoint.load_model(path, device)
-    tokenizer = load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256"))
-    dtype = torch.bfloat16 if (args.dtype or ("bf16" if device.type == "cuda" else "fp32")) == "bf16" else None
-    scores = evaluate(model, tokenizer, items, dtype=dtype, progress=dist.is_main)
-    if dist.is_main:
-        print(f"{meta['path']}, step {meta['step']}\n{report(scores)}\n{scores['items_per_s']:.1f} items/s on {device}")
-        if args.output:
-            partial = Path(f"{args.output}.tmp")
-            partial.write_text(json.dumps({"checkpoint": meta["path"], "step": meta["step"], **scores}) + "\n")
-            os.replace(partial, args.output)
+    runs = [score_checkpoint(path, items, args, dist) for path in paths]
+    if dist.is_main and args.all:
+        plot(runs, Path(args.checkpoint) / "hellaswag.png")
+        print(f"wrote {Path(args.checkpoint) / 'hellaswag.png'}")
+    if dist.is_main and args.output:
+        partial = Path(f"{args.output}.tmp")
+        partial.write_text(json.dumps({"checkpoints": runs} if args.all else runs[0]) + "\n")
+        os.replace(partial, args.output)
     distributed.shutdown()
 
 
