@@ -3,6 +3,7 @@
     python benchmark.py data                          # text to shards, shards to batches, decontamination
     python benchmark.py data --output=data.json       # the same numbers for a program
     python benchmark.py data --source="my/*.jsonl.gz" --repeat=1
+    python benchmark.py hellaswag                     # seconds per item, beside lm_eval and the seed's way
     python benchmark.py checkpoint                    # how long a save holds up training
 
 Everything of one table is measured in one run, best of --rounds: compare rows, not days. Reads the source (default: real
@@ -12,6 +13,7 @@ text beside the repository, or else the Python reference), writes only below a t
 import contextlib
 import functools
 import gzip
+import importlib.util
 import io
 import itertools
 import json
@@ -34,6 +36,7 @@ from data_pipeline import _cores, decontaminate, find_files, prepare, read_chunk
 from shards import TokenLoader, load_tokenizer
 
 TEXTBOOKS = Path(__file__).resolve().parent.parent / "shared" / "data" / "textbooks"
+ITEMS = TEXTBOOKS.parent / "hellaswag_val_2000.jsonl"
 
 
 def best(rounds: int, work: Callable[[], Any]) -> float:
@@ -272,15 +275,186 @@ def checkpoint_report(rates: dict[str, float]) -> str:
     )
 
 
+# ---- hellaswag -------------------------------------------------------------------------------------------------------
+
+
+def hellaswag_benchmark(data: str, n_items: int, rounds: int, peers: str | None, folder: Path) -> dict[str, Any]:
+    """Seconds per item of each way to score the same items with the same 48.5M weights, one round after the other."""
+    import torch
+
+    import eval_hellaswag
+    from model import ModelConfig, Transformer
+
+    torch.manual_seed(0)
+    shape = ModelConfig(dim=512, n_layers=6, n_heads=8, ffn_dim=1792, vocab_size=50257)
+    model, tokenizer = Transformer(shape).eval(), load_tokenizer("gpt2")
+    items = eval_hellaswag.load_items(data, n_items)
+    ways: dict[str, Callable[[], list[float]]] = {
+        f"ours, {name}": functools.partial(_our_way, model, tokenizer, items, dtype)
+        for name, dtype in (("fp32", None), ("bf16", torch.bfloat16))
+    }
+    ways["the seed's way, bf16 autocast"] = functools.partial(_one_by_one_way, model, tokenizer, items)
+    ways["build-nanogpt's way, fp32"] = functools.partial(_four_by_four_way, model, tokenizer, items)
+    with contextlib.suppress(ImportError):
+        ways |= _harness_ways(model, tokenizer, items, folder)
+    for name, way in _functions_of(peers).items():
+        ways[name] = functools.partial(way, model, tokenizer, items)
+    return {"items": len(items), "threads": torch.get_num_threads(), "ways": _timed(ways, len(items), rounds)}
+
+
+def _timed(ways: dict[str, Callable[[], list[float]]], n: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """{way: seconds per item of each round, their median, largest difference of a log-likelihood from the first way's}."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    sums: dict[str, list[float]] = {}
+    for _ in range(rounds + 1):  # the first is to warm up
+        for name, way in ways.items():
+            started = time.perf_counter()
+            sums[name] = way()
+            seconds[name].append((time.perf_counter() - started) / n)
+    first = np.array(next(iter(sums.values())))
+    return {
+        name: {
+            "seconds_per_item": statistics.median(values[1:]),
+            "rounds": values[1:],
+            "largest_difference": float(np.abs(np.array(sums[name]) - first).max()),
+        }
+        for name, values in seconds.items()
+    }
+
+
+def _our_way(model: Any, tokenizer: Any, items: list[Any], dtype: Any) -> list[float]:
+    import eval_hellaswag
+
+    scores = eval_hellaswag.evaluate(model, tokenizer, items, dtype=dtype)
+    return [value for item in scores["items"] for value in item["logprob_sums"]]
+
+
+def _pairs(tokenizer: Any, item: Any) -> list[tuple[list[int], int]]:
+    """[(all tokens, how many of them are the context's)] of the four endings."""
+    n_context = len(tokenizer.encode(item.context.rstrip()))
+    return [(tokenizer.encode(f"{item.context} {ending}"), n_context) for ending in item.endings]
+
+
+def _one_by_one_way(model: Any, tokenizer: Any, items: list[Any]) -> list[float]:
+    """One forward pass per ending, all logits."""
+    import torch
+
+    sums = []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for tokens, n in (pair for item in items for pair in _pairs(tokenizer, item)):
+            logprobs = model(torch.tensor([tokens[:-1]]))[0].float().log_softmax(-1)  # [T, V]
+            sums.append(float(logprobs[n - 1 :].gather(-1, torch.tensor(tokens[n:])[:, None]).sum()))
+    return sums
+
+
+def _four_by_four_way(model: Any, tokenizer: Any, items: list[Any]) -> list[float]:
+    """The four endings of an item padded to one length, all logits, then the loss where the ending is."""
+    import torch
+
+    sums: list[float] = []
+    with torch.inference_mode():
+        for pairs in (_pairs(tokenizer, item) for item in items):
+            tokens = torch.zeros(4, max(len(ids) for ids, _ in pairs), dtype=torch.long)
+            targets = torch.full_like(tokens, -100)
+            for row, (ids, n) in enumerate(pairs):
+                tokens[row, : len(ids)], targets[row, n : len(ids)] = torch.tensor(ids), torch.tensor(ids[n:])
+            logits = model(tokens)[:, :-1].flatten(0, 1)  # [4*(T-1), V]
+            loss = torch.nn.functional.cross_entropy(logits, targets[:, 1:].flatten(), reduction="none")
+            sums += (-loss.view(4, -1).sum(-1)).tolist()
+    return sums
+
+
+def _harness_ways(model: Any, tokenizer: Any, items: list[Any], folder: Path) -> dict[str, Callable[[], list[float]]]:
+    """lm-evaluation-harness on the exported weights: in batches of 8, of 1 (its default), and of 8 in bf16."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models import huggingface
+
+    harness: Any = huggingface  # a decorator hides the class's arguments from type checkers
+    export_llama(model, tokenizer, folder / "llama")
+    pairs = [(item.context, f" {ending}") for item in items for ending in item.endings]
+
+    def score(lm: Any) -> list[float]:
+        requests: Any = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+        with contextlib.redirect_stderr(io.StringIO()):
+            return [float(answer[0]) for answer in lm.loglikelihood(requests, disable_tqdm=True)]
+
+    settings: Any = {
+        f"lm_eval HFLM, {dtype}, batch {size}": {
+            "batch_size": size,
+            "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+        }
+        for dtype, size in (("fp32", 8), ("fp32", 1), ("bf16", 8))
+    }
+    return {
+        name: functools.partial(score, harness.HFLM(pretrained=str(folder / "llama"), device="cpu", **options))
+        for name, options in settings.items()
+    }
+
+
+def export_llama(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The weights as a transformers folder, with a tokenizer that gives the same tokens."""
+    import base64
+
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    c, encoding = model.config, tokenizer._encoding
+    shape = LlamaConfig(
+        hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, intermediate_size=c.ffn_dim,
+        num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size, max_position_embeddings=c.seq_len, rms_norm_eps=1e-6,
+        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+    )  # fmt: skip
+    network = LlamaForCausalLM(shape)
+    weights = {f"model.{k}": v[: c.vocab_size] if "embed" in k else v for k, v in model.state_dict().items()}
+    network.load_state_dict(weights, strict=False)
+    network.tie_weights()
+    network.save_pretrained(folder)
+    ranks = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in encoding._mergeable_ranks.items())
+    (folder / "ranks").write_bytes(b"".join(ranks))
+    converter = TikTokenConverter(vocab_file=str(folder / "ranks"), pattern=encoding._pat_str)
+    fast = PreTrainedTokenizerFast(tokenizer_object=converter.converted(), eos_token="<|endoftext|>")
+    fast.save_pretrained(folder)
+
+
+def _functions_of(file: str | None) -> dict[str, Callable[..., list[float]]]:
+    """The public functions of a Python file, each (model, tokenizer, items) -> log-likelihoods; {} without a file."""
+    if file is None:
+        return {}
+    spec = importlib.util.spec_from_file_location("peers", file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise ValueError(f"--peers={file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    own: list[Any] = [f for f in vars(module).values() if callable(f) and getattr(f, "__module__", None) == "peers"]
+    return {f.__name__: f for f in own if not f.__name__.startswith("_")}
+
+
+def hellaswag_report(rates: dict[str, Any]) -> str:
+    """One row per way; how many times as fast the fp32 and bf16 rows of ours are."""
+    ways = rates["ways"]
+    fp32, bf16 = (ways[f"ours, {name}"]["seconds_per_item"] for name in ("fp32", "bf16"))
+    lines = [f"{'':32} s/item (min..max)          ours fp32  ours bf16  largest difference, nats"]
+    for name, way in ways.items():
+        s, all_s = way["seconds_per_item"], way["rounds"]
+        lines.append(
+            f"{name:32} {s:.4f} ({min(all_s):.4f}..{max(all_s):.4f})  {s / fp32:8.1f}x {s / bf16:9.1f}x"
+            f"  {way['largest_difference']:.5f}"
+        )
+    return "\n".join(lines)
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = config.ArgumentParser()
-    parser.add_argument("section", choices=["data", "checkpoint"], help="what to measure")
+    parser.add_argument("section", choices=["data", "checkpoint", "hellaswag"], help="what to measure")
     parser.add_argument("--source", default="", help="JSONL files of text (default: ../shared/data/textbooks/train*)")
     parser.add_argument("--repeat", type=int, default=40, help="times to read the source, for enough text [40]")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of which the best counts [2]")
+    parser.add_argument("--data", default=str(ITEMS), help="HellaSwag items (.jsonl) (default: ../shared/data)")
+    parser.add_argument("--num_examples", type=int, default=150, help="the first N of them [150]")
+    parser.add_argument("--peers", help="a .py file of other ways: functions of (model, tokenizer, items)")
     parser.add_argument("--output", help="write the numbers to this .json file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -289,6 +463,9 @@ def main() -> None:
             source = args.source or (f"{TEXTBOOKS}/train*" if TEXTBOOKS.exists() else _reference(folder))
             rates = data_benchmark(source, args.repeat, args.rounds, folder)
             print(report(rates))
+        elif args.section == "hellaswag":
+            rates = hellaswag_benchmark(args.data, args.num_examples, args.rounds, args.peers, folder)
+            print(hellaswag_report(rates))
         else:
             rates = checkpoint_benchmark(args.rounds, folder)
             print(checkpoint_report(rates))
@@ -305,5 +482,6 @@ def _reference(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as training does
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     config.run(main)

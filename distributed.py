@@ -9,8 +9,10 @@ distributed.shutdown()
 
 import contextlib
 import gc
+import inspect
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -83,13 +85,25 @@ def shutdown(code: int | None = None) -> None:
             os._exit(code)
 
 
+def silent_ranks(patience_s: float = 5.0) -> str:
+    """After a collective failed: which ranks do not answer. Every rank that lives calls it and signs in at the store."""
+    store = torch_dist.distributed_c10d._get_default_store()  # torchrun's, beside the broken connections
+    store.set(f"alive-{rank()}", "yes")
+    time.sleep(patience_s)
+    silent = [str(other) for other in range(world_size()) if not store.check([f"alive-{other}"])]
+    return f"rank {', '.join(silent)} does not answer" if silent else "a rank was late"
+
+
 def parallelize(model: nn.Module, dist: Dist, strategy: Strategy) -> nn.Module:
     """The module to call for training: `model` itself in one process, wrapped otherwise."""
     if dist.world_size == 1:
         return model
     assert strategy == "ddp"
     device_ids = [dist.local_rank] if dist.device.type == "cuda" else None
-    return DDP(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # The buffers are constants. torch 2.13 has renamed the option and warns about the old name.
+    renamed = "forward_sync_buffers" in inspect.signature(DDP).parameters
+    buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DDP(model, device_ids=device_ids, gradient_as_bucket_view=True, **buffers)
 
 
 def no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

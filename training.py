@@ -163,7 +163,13 @@ def main(cfg: Config) -> None:
     if cfg.train.kill_switch and Path(cfg.train.kill_switch).exists():
         raise ValueError(f"the kill switch {cfg.train.kill_switch} exists; remove it to train")
     dist = distributed.init(cfg.train.timeout)
-    reason = dry_run(cfg, dist) if cfg.train.dry_run else train(cfg, dist)
+    try:
+        reason = dry_run(cfg, dist) if cfg.train.dry_run else train(cfg, dist)
+    except RuntimeError as error:
+        if dist.world_size == 1 or not any(name in str(error).lower() for name in ("gloo", "nccl")):
+            raise
+        text = f"{distributed.silent_ranks()} (--timeout={cfg.train.timeout:g}); the same command goes on from the last save"
+        raise config.Failure(text) from error
     distributed.shutdown()
     if reason and (code := safety.EXIT_CODES.get(reason, safety.GO_ON_LATER)):
         sys.exit(code)

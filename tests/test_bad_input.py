@@ -20,6 +20,8 @@ import eval_hellaswag
 import metrics
 import training
 
+pytestmark = pytest.mark.faults
+
 ROOT = Path(__file__).parent.parent
 TINY = [
     "--dim=32",

@@ -18,6 +18,8 @@ import metrics
 import safety
 import training
 
+pytestmark = pytest.mark.faults
+
 EXIT = {"SIGTERM": 75, "SIGUSR1": 75, "SIGINT": 130}
 
 

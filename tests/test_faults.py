@@ -1,0 +1,156 @@
+"""Faults that need a real process, disk or signal: a dying rank, a silent one, a full file system, missing files."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_safety import begin, data, no_plots, undisturbed, wait_for_step  # noqa: F401  # the fixtures
+from test_training import ROOT, arguments, losses, run
+
+import checkpoint
+import data_pipeline
+import metrics
+
+pytestmark = pytest.mark.faults
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return sorted(map(int, found.stdout.split()))
+
+
+def test_a_rank_that_dies_ends_the_run_and_the_same_command_goes_on(data, tmp_path, undisturbed):  # noqa: F811
+    process = begin(data, tmp_path, "--save_interval=0.1", processes=2)
+    wait_for_step(process, 4)
+    os.kill(children(process)[1], signal.SIGKILL)
+    _, error = process.communicate(timeout=90)
+    assert process.returncode != 0 and "SIGKILL" in error
+    assert begin(data, tmp_path, processes=2).wait(90) == 0
+    assert losses(tmp_path) == pytest.approx(losses(undisturbed), abs=1e-5)
+
+
+def test_a_rank_that_hangs_is_named_within_the_timeout(data, tmp_path):  # noqa: F811
+    process = begin(data, tmp_path, "--timeout=5", "--max_steps=100000", processes=2)
+    wait_for_step(process, 4)
+    rank_1, started = children(process)[1], time.monotonic()
+    os.kill(rank_1, signal.SIGSTOP)
+    try:
+        while process.poll() is None and time.monotonic() - started < 60:
+            time.sleep(0.2)
+            if time.monotonic() - started > 25:  # torchrun ends the stopped rank with SIGTERM, which waits for it
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank_1, signal.SIGCONT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0 and "rank 1 does not answer" in error, error[-3000:]
+
+
+def test_torchrun_restarts_from_the_newest_checkpoint_by_itself(data, tmp_path, undisturbed):  # noqa: F811
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
+    command = [sys.executable, *launcher, "training.py", *arguments(data, tmp_path, "--max_steps=40")]
+    env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(process, 8)
+    os.kill(children(process)[0], signal.SIGKILL)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and "resumed" in out, error[-3000:]
+    assert losses(tmp_path) == pytest.approx(losses(undisturbed), abs=1e-5)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1.2 MB, where the machine lets us mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_file_system_costs_checkpoints_not_the_run(data, small_disk, capsys):  # noqa: F811
+    process = begin(data, small_disk / "run", "--checkpoint_every=10")  # 0.45 MB each: the third does not fit
+    out, error = process.communicate(timeout=90)
+    assert process.returncode == 1 and "No space left on device" in out and "the last checkpoint is missing" in error
+    assert "Traceback" not in error
+    names = sorted(path.name for path in (small_disk / "run").glob("*.pt"))
+    assert names == ["checkpoint_step_10.pt", "checkpoint_step_20.pt"]
+    assert all(checkpoint.read(small_disk / "run" / name) for name in names)
+    assert not list((small_disk / "run").glob(".*.tmp"))
+    assert len(losses(small_disk / "run")) == 40, "training itself went on to its end"
+
+
+def test_preparing_on_a_full_file_system_is_one_line(small_disk, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes Jack a dull boy.\n" * 60_000)
+    options = [f"--source={text}", "--tokenizer=bytes", f"--out_dir={small_disk}/data", "--shard_tokens=200000"]
+    command = [sys.executable, "data_pipeline.py", "prepare", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (small_disk / "data/meta.json").exists() and not list((small_disk / "data").glob("*.tmp"))
+
+
+def test_deleting_the_newest_checkpoint_goes_back_to_the_one_before(data, tmp_path, undisturbed):  # noqa: F811
+    shutil.copytree(undisturbed, tmp_path / "run")
+    for path in (tmp_path / "run").glob("checkpoint_step_*.pt"):
+        if int(path.stem.split("_")[-1]) > 30:
+            path.unlink()
+    run(data, tmp_path / "run", "--max_steps=40")
+    assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, undisturbed, capsys):  # noqa: F811
+    shutil.copytree(undisturbed, tmp_path / "run")
+    newest = tmp_path / "run/checkpoint_step_40.pt"
+    raw = bytearray(newest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    newest.write_bytes(raw)
+    run(data, tmp_path / "run", "--max_steps=40")
+    out = capsys.readouterr().out
+    assert "passed over" in out and "checkpoint_step_40.pt" in out and "at step 38" in out
+    assert losses(tmp_path / "run") == losses(undisturbed) and checkpoint.read(newest)
+
+
+def test_a_clock_that_jumps_changes_nothing(data, tmp_path, undisturbed, monkeypatch):  # noqa: F811
+    jumps = iter([0, 1e9, -1e9] * 100_000)
+    monkeypatch.setattr(time, "time", lambda: 1.7e9 + next(jumps))
+    rows = run(data, tmp_path, "--max_steps=40", "--time_limit=10m")
+    assert losses(tmp_path) == losses(undisturbed) and all(row.get("tokens_per_s", 1) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("position", range(0, 20_000, 4_000))
+def test_verify_finds_a_flipped_bit_anywhere_in_a_shard(tmp_path, position):
+    data_pipeline.sample(tmp_path / "data")
+    shard = tmp_path / "data/val_000000.bin"
+    raw = bytearray(shard.read_bytes())
+    raw[1024 + position] ^= 1 << (position // 4_000)
+    shard.write_bytes(raw)
+    done = subprocess.run([sys.executable, "data_pipeline.py", "verify", f"--out_dir={tmp_path}/data"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 1 and "val_000000.bin" in done.stdout + done.stderr
+
+
+def test_a_read_only_run_directory_is_one_line(data, tmp_path):  # noqa: F811
+    done = begin(data, Path("/proc/nowhere"))
+    _, error = done.communicate(timeout=60)
+    assert done.returncode == 2 and error.count("\n") == 1 and "/proc/nowhere" in error
+
+
+def test_metrics_torn_by_a_kill_are_mended(data, tmp_path, undisturbed):  # noqa: F811
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run/checkpoint_step_40.pt").unlink()
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 41, "tok')
+    run(data, tmp_path / "run", "--max_steps=40")
+    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert all(json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert metrics.read_metrics(tmp_path / "run")[-1]["step"] == 40
