@@ -17,6 +17,7 @@ Checkpoints of the seed (dankit/language-model-pretraining: other names, interle
 import os
 import pickle
 import re
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Mapping
@@ -40,7 +41,7 @@ from model import VOCAB_MULTIPLE, ModelConfig, Transformer
 
 FORMAT = 1
 NAME = re.compile(r"(checkpoint|temporary)_step_(\d+)\.pt")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")  # user/repository, and @revision to pin it
 GPT2 = {"name": "gpt2", "vocab_size": 50257, "eot_id": 50256}  # the only tokenizer the seed ever had
 
 
@@ -86,21 +87,21 @@ def find(path: str | Path) -> Path:
         )
     if path.exists():
         return path
-    if HUB_ID.fullmatch(str(path)):
-        return _from_hub(str(path))
+    if hub := HUB_ID.fullmatch(str(path)):
+        return _from_hub(hub[1], hub[2])
     raise ValueError(f"no checkpoint at {path}: neither a file nor a run directory")
 
 
-def _from_hub(repo: str) -> Path:
+def _from_hub(repo: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        names = [name for name in HfApi().list_repo_files(repo) if name.endswith(".pt")]
+        names = [name for name in HfApi().list_repo_files(repo, revision=revision) if name.endswith(".pt")]
         if not names:
             raise ValueError(f"no checkpoint at {repo}: the Hub repository of that name holds no .pt file")
         newest = max(names, key=lambda name: [int(part) for part in re.findall(r"\d+", name)] or [-1])
-        return Path(hf_hub_download(repo, newest))
+        return Path(hf_hub_download(repo, newest, revision=revision))
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "no answer")
         raise ValueError(f"no checkpoint at {repo}: no such file or folder, and the Hub says {status}") from error
@@ -149,8 +150,8 @@ def _check(state: Any, path: Path) -> None:
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, dict[str, Any]]:
     """The network of a checkpoint in fp32, in eval mode, and the rest of the checkpoint (without the weights)."""
-    path = find(path)
-    state = read(path)
+    newest = read_latest(path, lambda text: print(text, file=sys.stderr)) if Path(path).is_dir() else None
+    path, state = newest or (find(path), read(find(path)))
     config = from_dict(ModelConfig, state["config"]["model"])
     with torch.device("meta"):
         model = Transformer(config)
@@ -180,8 +181,8 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], path: st
 class Writer:
     """Writes a run's checkpoints. The training loop waits only for a copy in host memory; a thread does the rest."""
 
-    def __init__(self, run_dir: str | Path, warn: Callable[[str], None] = print):
-        self.run_dir, self.warn = Path(run_dir), warn
+    def __init__(self, run_dir: str | Path, warn: Callable[[str], None] = print, keep_every: int | None = None):
+        self.run_dir, self.warn, self.keep_every = Path(run_dir), warn, keep_every
         self.thread: threading.Thread | None = None
         self.pool: dict[Any, Tensor] = {}  # host buffers, used again by every save
         self.failed: str | None = None
@@ -224,13 +225,13 @@ class Writer:
             self.failed = f"{path} NOT written: {cause}"
             self.warn(f"{self.failed}; the checkpoints before it are intact")
         else:
-            prune(self.run_dir, path)
+            prune(self.run_dir, path, self.keep_every)
 
 
-def prune(run_dir: Path, newest: Path) -> None:
-    """Remove temporary checkpoints now that `newest` is complete."""
-    for _, path in all_of(run_dir):
-        if path.name.startswith("temporary") and path != newest:
+def prune(run_dir: Path, newest: Path, keep_every: int | None = None) -> None:
+    """Now that `newest` is complete, remove temporary checkpoints, and permanent ones off the multiples of keep_every."""
+    for step, path in all_of(run_dir):
+        if path != newest and (path.name.startswith("temporary") or (keep_every and step % keep_every)):
             path.unlink(missing_ok=True)
 
 

@@ -63,6 +63,7 @@ class TrainConfig:
     eval_every: int = 250  # steps between validations, 0 = only at the end
     eval_tokens: int = 5_000_000  # validation tokens to use at most
     checkpoint_every: int = 2000  # steps between permanent checkpoints, 0 = only at the end
+    keep_every: int | None = None  # of these keep only multiples of so many steps, and the last; none = all
     save_interval: float | None = 900.0  # seconds (15m) between temporary checkpoints; none = no temporary ones
     sample_every: int = 1000  # steps between samples of generated text, 0 = only at the end
     hellaswag: str | None = "data/hellaswag_val.jsonl"  # items scored at each checkpoint; none = never
@@ -86,7 +87,7 @@ class TrainConfig:
         for name in ("log_every", "eval_every", "checkpoint_every", "sample_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("max_steps", "epochs", "save_interval", "time_limit", "timeout"):
+        for name in ("max_steps", "epochs", "keep_every", "save_interval", "time_limit", "timeout"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
@@ -212,7 +213,7 @@ def train(cfg: Config, dist: Dist) -> str | None:
     model = distributed.parallelize(raw_model, dist, cfg.train.parallel)
     if dist.world_size > 1:
         rehearse(model, cfg, plan, dist)
-    writer = checkpoint.Writer(cfg.train.run_dir, log.say)
+    writer = checkpoint.Writer(cfg.train.run_dir, log.say, cfg.train.keep_every)
     watch, first_step = Stopwatch(dist.device, tokens, elapsed_s, cfg.train.save_interval), step
     log.line(describe(plan, cfg, dist))
     log.begin(step)

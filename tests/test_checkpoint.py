@@ -361,6 +361,23 @@ def test_a_temporary_checkpoint_goes_when_a_newer_one_is_safe_and_permanent_ones
     assert "temporary_step_5.pt" in files(tmp_path), "the older one goes only after the newer is complete"
 
 
+def test_keep_every_thins_out_the_permanent_ones_but_never_the_newest(tmp_path):
+    model = tiny_model()
+    writer = checkpoint.Writer(tmp_path, keep_every=4)
+    for step in (2, 4, 6, 8, 9):
+        writer.save(step=step, model=model, optimizer=adam(model), permanent=True)
+        writer.wait()
+    assert files(tmp_path) == ["checkpoint_step_4.pt", "checkpoint_step_8.pt", "checkpoint_step_9.pt"]
+
+
+def test_a_hub_revision_can_be_pinned(monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint, "_from_hub", lambda *args: asked.append(args))
+    checkpoint.find("someone/model@1a2b3c")
+    checkpoint.find("someone/model")
+    assert asked == [("someone/model", "1a2b3c"), ("someone/model", None)]
+
+
 def test_the_newest_readable_checkpoint_wins(tmp_path):
     model, warnings = tiny_model(), []
     for step, permanent in ((1, True), (2, True), (3, False)):
