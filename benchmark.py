@@ -482,6 +482,6 @@ def _reference(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as training does
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as training does
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     config.run(main)

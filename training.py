@@ -28,7 +28,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
     sections = {"model": "model.py:ModelConfig", "data": "shards.py:DataConfig"}
     sections |= {"optim": "optimizers.py:OptimConfig", "train": "training.py:TrainConfig"}
     config.answer_help(__doc__, sections)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve on shared cores
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin long while they wait starve on shared cores
 
 import torch
 from torch import Tensor, nn
