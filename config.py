@@ -89,6 +89,9 @@ def die(message: str, code: int) -> typing.NoReturn:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)  # torchrun ends this process as soon as rank 0 has left; alone with its error, it speaks
     print(" ".join(message.split()), file=sys.stderr, flush=True)
+    if "RANK" in os.environ:  # tearing down a process group while other ranks wait in it can hang or abort
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

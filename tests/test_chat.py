@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -181,7 +182,8 @@ def test_a_home_that_cannot_be_written_is_no_error(paths: tuple[str, str]) -> No
 
 
 def test_nobody_reads_the_output(paths: tuple[str, str]) -> None:
-    command = f"printf 'a\\nb\\nc\\n' | {COMMAND[0]} {COMMAND[1]} {paths[0]} --max_tokens=5000 | head -c 10 > /dev/null"
+    chat_command = shlex.join([*COMMAND, paths[0], "--max_tokens=5000"])
+    command = f"printf 'a\\nb\\nc\\n' | {chat_command} | head -c 10 > /dev/null"
     done = subprocess.run(["bash", "-c", command], capture_output=True, env=environment(HOME_IS_READ_ONLY))
     assert done.stderr == b""
 

@@ -27,6 +27,7 @@ def children(process: subprocess.Popen) -> list[int]:
     return sorted(map(int, found.stdout.split()))
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_and_what_goes_on_is_the_same_to_the_last_bit(data, tmp_path):  # noqa: F811
     process = begin(data, tmp_path / "run", "--save_interval=0.1", processes=4)
     wait_for_step(process, 4)
@@ -42,6 +43,7 @@ def test_a_rank_that_dies_ends_the_run_and_what_goes_on_is_the_same_to_the_last_
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_within_the_timeout(data, tmp_path):  # noqa: F811
     process = begin(data, tmp_path, "--timeout=5", "--max_steps=100000", processes=2)
     wait_for_step(process, 4)
@@ -59,6 +61,7 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(data, tmp_path):  # noqa:
     assert process.returncode != 0 and "rank 1 does not answer" in error, error[-3000:]
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_from_the_newest_checkpoint_by_itself(data, tmp_path, undisturbed):  # noqa: F811
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
     command = [sys.executable, *launcher, "training.py", *arguments(data, tmp_path, "--max_steps=40")]
