@@ -157,7 +157,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Tr
         model = Transformer(config)
     model.to_empty(device="cpu")
     model.build_tables()
-    load_weights(model, state.pop("model"), path)
+    weights = state.pop("model")
+    load_weights(model, state.pop("ema", weights), path)  # the averaged ones, where a run keeps an average
     state.pop("optimizer", None)
     return model.to(device).eval(), {**state, "path": str(path)}
 

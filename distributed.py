@@ -13,6 +13,7 @@ import inspect
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -122,6 +123,18 @@ def total(value: Tensor) -> Tensor:
         value = value.clone()
         torch_dist.all_reduce(value)
     return value
+
+
+def spread(work: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """work(batch) for a batch [n, ...] that all ranks hold and whose items do not depend on each other: each does its share."""
+    if world_size() == 1:
+        return work(batch)
+    n, share = len(batch), -(-len(batch) // world_size())
+    mine = batch[rank() * share : (rank() + 1) * share]
+    done = batch.new_empty(share * world_size(), *batch.shape[1:])
+    padded = torch.cat([work(mine) if len(mine) else mine, done.new_zeros(share - len(mine), *batch.shape[1:])])
+    torch_dist.all_gather_into_tensor(done, padded)
+    return done[:n]
 
 
 def largest(value: int) -> int:

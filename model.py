@@ -26,6 +26,7 @@ NORM_EPS = 1e-6
 INIT_STD = 0.02
 VOCAB_MULTIPLE = 128  # matmuls with 50304 columns are faster than with 50257; modded-nanogpt and nanochat do the same
 IGNORED = -100  # a target that carries no loss
+LOSS_CHUNK = 2**24  # logits that exist at once in an eager loss: 64 MB; larger chunks were no faster
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,13 @@ class Transformer(nn.Module):
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * self.config.n_layers) if writes else INIT_STD)
 
+    @torch.no_grad()
+    def zero_outputs(self) -> None:
+        """Layers begin as the identity: what they write to the residual stream is zero (Fixup, arXiv:1901.09321)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+
     def forward(
         self,
         tokens: Tensor,
@@ -192,6 +200,7 @@ class Transformer(nn.Module):
         *,
         loss_weights: Tensor | None = None,
         reduction: str = "mean",
+        z_loss: float = 0.0,
         cache: "KVCache | None" = None,
     ) -> Tensor:
         """Logits [B, T, V] (padded columns are -inf); with `targets` [B, T] the loss in nats instead.
@@ -200,7 +209,7 @@ class Transformer(nn.Module):
         loss_weights [B, T] multiply the loss of each token; the mean then divides by all B*T.
         """
         hidden = self.hidden(tokens, cache=cache)
-        return self.head(hidden) if targets is None else self.loss(hidden, targets, loss_weights, reduction)
+        return self.head(hidden) if targets is None else self.loss(hidden, targets, loss_weights, reduction, z_loss)
 
     def hidden(
         self,
@@ -240,16 +249,31 @@ class Transformer(nn.Module):
         return F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
 
     def loss(
-        self, hidden: Tensor, targets: Tensor, loss_weights: Tensor | None = None, reduction: str = "mean"
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        loss_weights: Tensor | None = None,
+        reduction: str = "mean",
+        z_loss: float = 0.0,
     ) -> Tensor:
-        """Cross entropy of `head(hidden)` against targets [B, T], in fp32."""
+        """Cross entropy of `head(hidden)` against targets [B, T], in fp32; z_loss bends its gradient, not its value.
+
+        z_loss x log(sum of exp(logits))^2 keeps logits from drifting (PaLM, arXiv:2204.02311, section 5).
+        """
+        counted = (targets != IGNORED).float()
+        weights = counted if loss_weights is None else counted * loss_weights  # [B, T]
+        if reduction == "mean":
+            weights = weights / (counted.sum() if loss_weights is None else counted.numel())
+        if reduction != "none" and not torch.compiler.is_compiling():  # eager: a chunk of the logits at a time
+            table, size = self.embed_tokens if self.lm_head is None else self.lm_head, self.config.vocab_size
+            return LinearCrossEntropy.apply(hidden.flatten(0, -2), table.weight, targets.flatten(), weights.flatten(), size, z_loss)  # fmt: skip
         logits = self.head(hidden).float().flatten(0, -2)  # [B*T, V]; one fused kernel when compiled
-        if loss_weights is None:
-            loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
-            return loss.view_as(targets) if reduction == "none" else loss
-        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
-        losses = losses.view_as(targets) * loss_weights
-        return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
+        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
+        if z_loss:
+            z = z_loss * logits.logsumexp(-1).view_as(targets).square()
+            losses = losses + (z - z.detach())
+        losses = losses * weights
+        return losses if reduction == "none" else losses.sum()
 
     def num_params(self) -> int:
         """Parameters of the real vocabulary, without padding rows; tied weights count once."""
@@ -265,6 +289,53 @@ class Transformer(nn.Module):
         lookup_only = 0 if self.lm_head is None else config.vocab_size * config.dim
         attention = 12 * config.n_layers * config.n_heads * config.head_dim * config.seq_len
         return 6 * (self.num_params() - lookup_only) + attention
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Head and cross entropy in one, over chunks of rows: neither logits nor their gradient ever exist as a whole.
+
+    The gradients are made in the forward pass, while a chunk's probabilities are at hand; the backward pass scales them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, table: Tensor, targets: Tensor, row_weights: Tensor, vocab_size: int, z_loss: float
+    ):
+        """Sum over rows of row_weights [R] x cross entropy, from hidden [R, D], table [V, D], targets [R]."""
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
+        hidden, words = hidden.to(dtype), table.to(dtype)
+        learns = any(ctx.needs_input_grad)
+        hidden_grad = torch.empty_like(hidden) if learns else None
+        table_grad = torch.zeros_like(table, dtype=torch.float32) if learns else None
+        share = torch.empty_like(words) if learns else words.new_empty(0)
+        rows = min(len(hidden), max(64, 2 ** int(math.log2(LOSS_CHUNK / len(table)))))
+        narrow = torch.empty(rows, len(table), dtype=dtype, device=hidden.device)  # both reused: new pages cost time
+        wide, wide_share = narrow.float(), share.float()  # in fp32 the same tensors
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), rows):
+            some, index = hidden[start : start + rows], targets[start : start + rows, None].clamp(min=0)
+            logits, probabilities = narrow[: len(some)], wide[: len(some)]
+            probabilities.copy_(torch.mm(some, words.T, out=logits))
+            probabilities[:, vocab_size:] = -math.inf
+            target_logits, peaks = probabilities.gather(1, index), probabilities.amax(1, keepdim=True)
+            torch.softmax(probabilities, 1, out=probabilities)
+            logsumexp = peaks - probabilities.amax(1, keepdim=True).log()  # the likeliest one has e^0 / sum
+            weights = row_weights[start : start + rows, None].float()
+            loss += ((logsumexp - target_logits) * weights).sum()
+            if hidden_grad is not None and table_grad is not None:
+                probabilities.mul_(weights * (1 + 2 * z_loss * logsumexp)).scatter_add_(1, index, -weights)
+                grad = logits.copy_(probabilities)
+                torch.mm(grad, words, out=hidden_grad[start : start + rows])
+                table_grad += wide_share.copy_(torch.mm(grad.T, some, out=share))
+        ctx.save_for_backward(hidden_grad, table_grad)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor):  # type: ignore[override]
+        hidden_grad, table_grad = ctx.saved_tensors
+        return hidden_grad * grad_loss, table_grad.mul_(grad_loss), None, None, None, None
 
 
 class KVCache:

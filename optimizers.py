@@ -1,30 +1,45 @@
 """Parameters to optimizer, step to learning rate.
 
 optimizer = build_optimizer(model, cfg)
-lr = lr_at(step, total_steps, cfg)          # before optimizer step `step` (0-based)
+set_lr(optimizer, lr_at(step, total_steps, cfg))   # before optimizer step `step` (0-based)
+apply(optimizer, skip)                             # skip: 1.0 leaves weights and state as they are
+
+An optimizer of your own is one function, from parameter groups and OptimConfig to a torch Optimizer, and one line in
+OPTIMIZERS. Matrices inside the layers are "hidden", embedding and head are "tables", everything else is a "gain".
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from itertools import groupby
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _foreach_add_, _foreach_copy_, _foreach_lerp_, _foreach_mul_, nn  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
-OptimizerName = Literal["adamw"]
 ScheduleName = Literal["cosine", "linear", "wsd", "constant", "inv_sqrt"]
+Groups = list[dict[str, Any]]
+Spread = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # work on a batch, shared by all ranks
 WSD_DECAY_FRAC = 0.2  # the last fifth of a warm-up, stable, decay schedule (arXiv:2405.18392 finds 10-20% enough)
+MUON_MOMENTUM = 0.95
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # x -> ax + bx^3 + cx^5 five times takes (0, 1] to about [0.7, 1.2] (K. Jordan, 2024)
+NEWTON_SCHULZ_STEPS = 5
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
-    optimizer: OptimizerName = "adamw"  # update rule: adamw
-    max_lr: float = 3e-4  # peak learning rate
-    min_lr: float = 3e-5  # learning rate at the end of the schedule
+    optimizer: str = "adamw"  # update rule: adamw, muon, lion, adam, nadam, rmsprop or sgd
+    max_lr: float = 3e-4  # peak learning rate; muon's updates have the size of adamw's, so it suits both
+    embed_lr: float | None = None  # peak learning rate of embedding and head; none = max_lr
+    min_lr: float | None = None  # learning rate at the end of the schedule; none = a tenth of max_lr
     schedule: ScheduleName = "cosine"  # cosine, linear, wsd, constant or inv_sqrt: the way down from max_lr
     warmup_frac: float = 0.02  # share of the steps in which the learning rate rises linearly
     weight_decay: float = 0.1  # decoupled decay of weight matrices; gains have none
@@ -32,11 +47,20 @@ class OptimConfig:
     beta2: float = 0.95  # decay of the squared gradient's running mean
     eps: float = 1e-8  # added to the root of the squared gradient
     grad_clip: float | None = 1.0  # largest norm of the whole gradient; none = no clipping
+    z_loss: float = 0.0  # weight of log(sum of exp(logits))^2 beside the loss (1e-4 in PaLM): logits do not drift
+    ema: float | None = None  # decay (0.999) of averaged weights, used to evaluate and to chat; none = no average
 
     def __post_init__(self):
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.schedule == "constant" and self.min_lr is not None:
+            raise ValueError(f"min_lr ({self.min_lr:g}) has no effect with the constant schedule; leave it out")
         checks = {
+            "embed_lr must be above 0 (none = max_lr)": self.embed_lr is None or self.embed_lr > 0,
+            "z_loss must not be negative": self.z_loss >= 0,
+            "ema must be in (0, 1) (none = no average)": self.ema is None or 0 < self.ema < 1,
             "max_lr must be above 0": self.max_lr > 0,
-            f"min_lr must be between 0 and max_lr ({self.max_lr:g})": 0 <= self.min_lr <= self.max_lr,
+            f"min_lr must be between 0 and max_lr ({self.max_lr:g})": 0 <= (self.min_lr or 0) <= self.max_lr,
             "warmup_frac must be in [0, 1)": 0 <= self.warmup_frac < 1,
             "weight_decay must not be negative": self.weight_decay >= 0,
             "beta1 must be in [0, 1)": 0 <= self.beta1 < 1,
@@ -49,12 +73,197 @@ class OptimConfig:
                 raise ValueError(f"{rule}, got {getattr(self, rule.split()[0])}")
 
 
-def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
-    """Matrices decay, vectors (gains) do not; one fused kernel per step."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def build_optimizer(model: nn.Module, cfg: OptimConfig, spread: Spread | None = None) -> Optimizer:
+    """The optimizer of `cfg` over all parameters. Matrices decay, gains do not.
+
+    spread: distributed.spread, for update rules whose work the ranks share.
+    """
+    kinds: dict[str, list[nn.Parameter]] = {"hidden": [], "tables": [], "gains": []}
+    for name, parameter in model.named_parameters():
+        kind = "gains" if parameter.dim() < 2 else "hidden" if name.startswith("layers.") else "tables"
+        kinds[kind].append(parameter)
+    embed_lr = cfg.max_lr if cfg.embed_lr is None else cfg.embed_lr
+    groups: Groups = [
+        {"params": kinds["hidden"], "kind": "hidden", "lr_scale": 1.0, "weight_decay": cfg.weight_decay},
+        {
+            "params": kinds["tables"],
+            "kind": "tables",
+            "lr_scale": embed_lr / cfg.max_lr,
+            "weight_decay": cfg.weight_decay,
+        },
+        {"params": kinds["gains"], "kind": "gains", "lr_scale": 1.0, "weight_decay": 0.0},
+    ]
+    optimizer = OPTIMIZERS[cfg.optimizer](groups, cfg)
+    if isinstance(optimizer, Muon) and spread:
+        optimizer.spread = spread
+    return optimizer
+
+
+def adamw(groups: Groups, cfg: OptimConfig) -> Optimizer:
+    """arXiv:1711.05101, one fused kernel per step."""
     return torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+def muon(groups: Groups, cfg: OptimConfig) -> Optimizer:
+    """Muon for hidden matrices, AdamW for the rest."""
+    return Muon(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+def lion(groups: Groups, cfg: OptimConfig) -> Optimizer:
+    """Wants a 3 to 10 times lower learning rate and as much higher decay than adamw."""
+    return Lion(groups, {"lr": cfg.max_lr, "betas": (cfg.beta1, cfg.beta2)})
+
+
+def adam(groups: Groups, cfg: OptimConfig) -> Optimizer:
+    """arXiv:1412.6980; the decay is part of the gradient."""
+    return torch.optim.Adam(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+def nadam(groups: Groups, cfg: OptimConfig) -> Optimizer:
+    """AdamW with Nesterov's momentum (Dozat 2016)."""
+    betas = (cfg.beta1, cfg.beta2)
+    return torch.optim.NAdam(groups, lr=cfg.max_lr, betas=betas, eps=cfg.eps, decoupled_weight_decay=True)
+
+
+def rmsprop(groups: Groups, cfg: OptimConfig) -> Optimizer:
+    """Hinton's, with momentum beta1; the decay is part of the gradient."""
+    return torch.optim.RMSprop(groups, lr=cfg.max_lr, alpha=cfg.beta2, eps=cfg.eps, momentum=cfg.beta1)
+
+
+def sgd(groups: Groups, cfg: OptimConfig) -> Optimizer:
+    """Nesterov momentum beta1; wants learning rates around 0.1-1."""
+    return torch.optim.SGD(groups, lr=cfg.max_lr, momentum=cfg.beta1, nesterov=cfg.beta1 > 0, fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, OptimConfig], Optimizer]] = {
+    "adamw": adamw,
+    "muon": muon,
+    "lion": lion,
+    "adam": adam,
+    "nadam": nadam,
+    "rmsprop": rmsprop,
+    "sgd": sgd,
+}
+
+
+class Muon(torch.optim.AdamW):
+    """Momentum made orthogonal for the group "hidden" (K. Jordan, 2024), AdamW for the others.
+
+    An orthogonal [A, B] matrix has entries of RMS 1/sqrt(max(A, B)); times 0.2 sqrt(max(A, B)) its update is as large as
+    AdamW's, and one learning rate suits both (Moonlight, arXiv:2502.16982).
+    """
+
+    spread: Spread = staticmethod(lambda work, batch: work(batch))  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        """One update; found_inf = 1 leaves weights and momentum as they are, without a synchronisation."""
+        assert closure is None
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group["kind"] != "hidden"]
+        super().step()
+        self.param_groups = groups
+        shape_of: Callable[[Tensor], tuple[int, ...]] = lambda p: tuple(p.shape)
+        for group in groups:
+            if group["kind"] == "hidden":
+                ready = sorted((p for p in group["params"] if p.grad is not None), key=shape_of)
+                for _, same in groupby(ready, shape_of):
+                    self._update(list(same), group["lr"], group["weight_decay"])
+
+    def _update(self, params: list[Tensor], lr: float, weight_decay: float) -> None:
+        """All matrices of one shape together: their products are batched."""
+        grads = torch.stack([p.grad for p in params if p.grad is not None])  # [n, A, B]
+        skip = getattr(self, "found_inf", None)
+        keep = torch.ones((), device=grads.device) if skip is None else 1 - skip
+        grads = torch.where(keep > 0, grads, 0.0)
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum"] for p in params]
+        momentum = torch.stack(momenta).lerp_(grads, (1 - MUON_MOMENTUM) * keep)
+        direction = self.spread(orthogonalize, grads.lerp_(momentum, MUON_MOMENTUM))  # Nesterov's look ahead
+        size = 0.2 * math.sqrt(max(direction.shape[1:]))
+        _foreach_mul_(params, 1 - lr * weight_decay * keep)
+        _foreach_add_(params, list((direction * (-lr * size * keep)).unbind()))
+        _foreach_copy_(momenta, list(momentum.unbind()))
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """[n, A, B] -> the nearest (semi-)orthogonal matrices, singular values within about [0.7, 1.2], in bf16 products."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()  # singular values <= 1
+    x = x.mT if tall else x  # the smaller of the two squares
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Lion(Optimizer):
+    """Sign of an interpolated momentum (arXiv:2302.06675, algorithm 2)."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        """One update; found_inf = 1 leaves weights and momentum as they are, without a synchronisation."""
+        assert closure is None
+        skip = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                keep = torch.ones((), device=p.device) if skip is None else 1 - skip
+                grad = torch.where(keep > 0, p.grad, 0.0)
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                direction = momentum.lerp(grad, 1 - beta1).sign_()
+                p.mul_(1 - lr * group["weight_decay"] * keep).add_(direction * (-lr * keep))
+                momentum.lerp_(grad, (1 - beta2) * keep)
+
+
+def apply(optimizer: Optimizer, skip: Tensor) -> None:
+    """One optimizer step, or none where `skip` is 1. Fused kernels and our own look at it on the device, others cost a wait."""
+    if optimizer.defaults.get("fused") or isinstance(optimizer, Lion):
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skip.item():
+        optimizer.step()
+
+
+class Average:
+    """Exponential moving average of the weights: often better than the last ones, and never evaluated by accident."""
+
+    def __init__(self, model: nn.Module, decay: float, state: dict[str, Any] | None = None):
+        self.decay, self.live = decay, dict(model.named_parameters())
+        self.updates: int = (state or {}).get("ema_updates", 0)
+        before: Mapping[str, Tensor] = (state or {}).get("ema") or self.live
+        self.weights = {name: before[name].detach().to(p.device, copy=True) for name, p in self.live.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint, beside the live weights."""
+        return {"ema": self.weights, "ema_updates": self.updates}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After each optimizer step. The decay grows to its full value, or the random start would linger."""
+        self.updates += 1
+        decay = min(self.decay, self.updates / (self.updates + 10))
+        _foreach_lerp_(list(self.weights.values()), list(self.live.values()), 1 - decay)
+
+    def swap(self) -> None:
+        """Exchange the model's weights and the averaged ones."""
+        for name, p in self.live.items():
+            p.data, self.weights[name] = self.weights[name], p.data
+
+
+@contextlib.contextmanager
+def swapped_in(average: Average | None) -> Iterator[None]:
+    """The model holds the averaged weights inside, the live ones after."""
+    if average:
+        average.swap()
+    try:
+        yield
+    finally:
+        if average:
+            average.swap()
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
@@ -63,9 +272,9 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Learning rate of all groups."""
+    """Learning rate of all groups, each in proportion to its own peak."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 # Each schedule maps progress after the warm-up, 0..1, to a share of (max_lr - min_lr), 1..0.
@@ -84,5 +293,5 @@ def lr_at(step: int, total_steps: int, cfg: OptimConfig) -> float:
     if step < warmup_steps:
         return cfg.max_lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    warmup = max(warmup_steps, 1) / total_steps
-    return cfg.min_lr + (cfg.max_lr - cfg.min_lr) * SCHEDULES[cfg.schedule](min(progress, 1.0), warmup)
+    share = SCHEDULES[cfg.schedule](min(progress, 1.0), max(warmup_steps, 1) / total_steps)
+    return share * cfg.max_lr + (1 - share) * (0.1 * cfg.max_lr if cfg.min_lr is None else cfg.min_lr)

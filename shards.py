@@ -649,8 +649,8 @@ class TokenLoader:
     ):
         mixtures = parse_stages(stages, sources)
         assert batch_sequences % (batch_size * world_size) == 0, (batch_sequences, batch_size, world_size)
-        self.seq_len, self.batch_size, self.rank, self.pin_memory = seq_len, batch_size, rank, pin_memory
-        self._stride = batch_size * world_size  # sequences of all ranks per next()
+        self.seq_len, self.rank, self.world_size, self.pin_memory = seq_len, rank, world_size, pin_memory
+        self.resize(batch_size)
         datasets = _open_sources(sources, vocab_size)
         self.tokenizer: dict[str, Any] = datasets[0].tokenizer
         used = [any(weights[i] for _, weights in mixtures) for i in range(len(sources))]  # the others only validate
@@ -670,6 +670,11 @@ class TokenLoader:
             for dataset in weighted:
                 if not {"sha256", "origin"} & dataset.meta["shards"][0].keys():
                     print(f"{dataset.folder}: {dataset.meta['source']}", file=sys.stderr)
+
+    def resize(self, batch_size: int) -> None:
+        """Another micro-batch, before the first next(): the sequences and their order stay the same."""
+        self.batch_size = batch_size
+        self._stride = batch_size * self.world_size  # sequences of all ranks per next()
 
     def next(self) -> tuple["Tensor", "Tensor"]:
         """(inputs, targets), int64 [batch_size, seq_len]; targets are the next tokens."""

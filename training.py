@@ -3,6 +3,7 @@
     python training.py configs/sample.toml                       # a CPU, two minutes (after: data_pipeline.py sample)
     torchrun --standalone --nproc_per_node=8 training.py         # the 416M run on 8 GPUs
     python training.py --sources=data/mine --dim=512 --n_layers=8 --max_tokens=500M --run_dir=runs/mine
+    python training.py --eval_only=runs/mine --sources=data/other  # validate a checkpoint, on any data of its tokenizer
     python training.py runs/mine/config.json                     # the same run again: resumes, or finds itself done
 
 Reads shards written by data_pipeline.py; writes RUN_DIR/{config.json, metrics.jsonl, train.log,
@@ -31,6 +32,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin long while they wait starve on shared cores
 
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor, nn
 
 import checkpoint
@@ -40,11 +42,13 @@ import metrics
 import safety
 from distributed import Dist
 from model import ModelConfig, Transformer, generate
-from optimizers import OptimConfig, build_optimizer, clip_gradients, lr_at, set_lr
+from optimizers import Average, OptimConfig, apply, build_optimizer, clip_gradients, lr_at, set_lr, swapped_in
 from shards import DataConfig, Dataset, Tokenizer, TokenLoader, load_tokenizer, validation_batches
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = "The", 200  # the text sampled during training
 GPT2_VOCAB = 50257  # for a plan without data
+MAX_AUTO = 128  # sequences per micro-step beyond which nothing gets faster
+CPU_AUTO = 8  # on a CPU small micro-steps stay in its caches
 ASSUMED_MFU = 0.45  # for the plan's hours: what plain PyTorch reaches on one GPU generation or another
 
 
@@ -58,7 +62,7 @@ class TrainConfig:
     epochs: float | None = None  # passes over the data (or over unique_tokens of it); overrides max_tokens
     max_steps: int | None = None  # optimizer steps; overrides epochs and max_tokens
     batch_tokens: int = 655_360  # tokens per optimizer step, over all GPUs and micro-steps
-    batch_size: int = 40  # sequences per GPU and micro-step at most: as many as fit in memory
+    batch_size: int | Literal["auto"] = "auto"  # sequences per GPU and micro-step at most; auto = what fits in memory
     log_every: int = 10  # steps between log lines, 0 = never
     eval_every: int = 250  # steps between validations, 0 = only at the end
     eval_tokens: int = 5_000_000  # validation tokens to use at most
@@ -73,16 +77,19 @@ class TrainConfig:
     timeout: float = 600.0  # seconds (10m) that the other ranks wait for a silent one before they give up
     resume: str = "auto"  # auto = newest checkpoint of run_dir if there is one; never; or a checkpoint's path
     init_from: str | None = None  # checkpoint whose weights start a new run
+    zero_init: bool = False  # layers start as the identity: their output projections are zero
     compile: bool | None = None  # torch.compile the model; none = on a GPU
-    dtype: Literal["bf16", "fp32"] | None = None  # of activations and matmuls; none = bf16 on a GPU, else fp32
+    activation_memory_budget: float = 1.0  # share of activations kept when compiled; less saves memory, costs time
+    dtype: Literal["bf16", "fp32"] | None = None  # of activations and matmuls; none = bf16 where it is faster
     parallel: distributed.Strategy = "ddp"  # how several processes share the work
     objective: Literal["ar"] = "ar"  # autoregressive: predict the next token
+    eval_only: str | None = None  # checkpoint to validate on the sources, then leave; no training
     dry_run: bool = False  # print the plan and leave
     dollars_per_gpu_hour: float = 2.0  # for the plan's cost
 
     def __post_init__(self):
         for name in ("max_tokens", "batch_tokens", "batch_size", "eval_tokens"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("log_every", "eval_every", "checkpoint_every", "sample_every", "seed"):
             if getattr(self, name) < 0:
@@ -90,6 +97,8 @@ class TrainConfig:
         for name in ("max_steps", "epochs", "keep_every", "save_interval", "time_limit", "timeout"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 < self.activation_memory_budget <= 1:
+            raise ValueError(f"activation_memory_budget must be in (0, 1], got {self.activation_memory_budget}")
 
 
 @dataclass(frozen=True)
@@ -114,14 +123,15 @@ class Plan:
     flops_per_token: int
 
 
-def make_plan(cfg: Config, world_size: int, tokens_per_epoch: int | None = None) -> Plan:
-    """Derive steps and micro-steps. Raises ValueError with the nearest batch that works."""
+def make_plan(cfg: Config, world_size: int, tokens_per_epoch: int | None = None, fits: int = MAX_AUTO) -> Plan:
+    """Derive steps and micro-steps; `fits` is the limit of batch_size "auto". Raises ValueError with the nearest batch."""
     seq_len, batch_tokens = cfg.model.seq_len, cfg.train.batch_tokens
+    limit = fits if cfg.train.batch_size == "auto" else cfg.train.batch_size
     unit = seq_len * world_size
     share = batch_tokens // unit  # sequences per rank and optimizer step
-    batch_size = max((n for n in range(1, cfg.train.batch_size + 1) if share and share % n == 0), default=0)
-    if batch_tokens % unit or (batch_size <= cfg.train.batch_size // 2 and share > cfg.train.batch_size):
-        step = unit if batch_tokens % unit else unit * cfg.train.batch_size
+    batch_size = max((n for n in range(1, limit + 1) if share and share % n == 0), default=0)
+    if batch_tokens % unit or (batch_size <= limit // 2 and share > limit and cfg.train.batch_size != "auto"):
+        step = unit if batch_tokens % unit else unit * limit
         raise ValueError(
             f"batch_tokens ({batch_tokens}) does not split into micro-steps of about batch_size ({cfg.train.batch_size})"
             f" x seq_len ({seq_len}) x processes ({world_size}); try --batch_tokens={max(1, round(batch_tokens / step)) * step}"
@@ -165,7 +175,8 @@ def main(cfg: Config) -> None:
         raise ValueError(f"the kill switch {cfg.train.kill_switch} exists; remove it to train")
     dist = distributed.init(cfg.train.timeout)
     try:
-        reason = dry_run(cfg, dist) if cfg.train.dry_run else train(cfg, dist)
+        alone = eval_only if cfg.train.eval_only else dry_run if cfg.train.dry_run else None
+        reason = alone(cfg, dist) if alone else train(cfg, dist)
     except RuntimeError as error:
         if dist.world_size == 1 or not any(name in str(error).lower() for name in ("gloo", "nccl")):
             raise
@@ -202,14 +213,17 @@ def train(cfg: Config, dist: Dist) -> str | None:
     torch.manual_seed(cfg.train.seed)
     torch.set_float32_matmul_precision("high")
     raw_model = Transformer(cfg.model).to(dist.device)
-    optimizer = build_optimizer(raw_model, cfg.optim)
+    optimizer = build_optimizer(raw_model, cfg.optim, distributed.spread)
     guard = safety.Guard(dist.device, cfg.train.skip_spikes)
     step, tokens, elapsed_s = start(state, cfg, raw_model, optimizer, guard, log)
+    average = Average(raw_model, cfg.optim.ema, state) if cfg.optim.ema else None
     del state  # its pages of the checkpoint file
     write_config(cfg, dist)
     tokenizer = tokenizer_if_there(loader, log)
-    if cfg.train.compile if cfg.train.compile is not None else dist.device.type == "cuda":
-        raw_model.compile(dynamic=False)
+    compile_model(raw_model, cfg, dist)
+    if cfg.train.batch_size == "auto":
+        plan = make_plan(cfg, dist.world_size, loader.tokens_per_epoch, largest_that_fits(raw_model, cfg, plan, dist))
+        loader.resize(plan.batch_size)
     model = distributed.parallelize(raw_model, dist, cfg.train.parallel)
     if dist.world_size > 1:
         rehearse(model, cfg, plan, dist)
@@ -225,25 +239,27 @@ def train(cfg: Config, dist: Dist) -> str | None:
                 with watch.paused():  # before evaluating: what fails there must not cost the weights
                     facts = {"tokens": tokens, "loader": loader.state_dict(), "tokenizer": loader.tokenizer}
                     facts |= {"config": config.to_dict(cfg), "guard": guard.state_dict()}
-                    facts |= {"metrics": {"elapsed_s": watch.elapsed_s()}}
+                    facts |= {"metrics": {"elapsed_s": watch.elapsed_s()}, **(average.state_dict() if average else {})}
                     path = writer.save(step=step, model=raw_model, optimizer=optimizer, permanent=permanent, **facts)
                     log.line(f"saving {path}")
             if reason and not last:
                 break
             if last or every(step, cfg.train.eval_every):
-                with watch.paused():
-                    log.report(step, tokens, **validate(raw_model, tokenizer, cfg, dist))
+                with watch.paused(), swapped_in(average):
+                    log.report(step, tokens, **validate(raw_model, tokenizer, cfg, dist, plan.batch_size))
             if last or (step and every(step, cfg.train.checkpoint_every)):
-                with watch.paused():
+                with watch.paused(), swapped_in(average):
                     log.report(step, tokens, **hellaswag(raw_model, tokenizer, cfg, dist, log))
             if last or (step and every(step, cfg.train.sample_every)):
-                with watch.paused():
+                with watch.paused(), swapped_in(average):
                     log.line(sample_text(raw_model, tokenizer, dist))
             if last:
                 break
             lr = lr_at(step, plan.steps, cfg.optim)
             set_lr(optimizer, lr)
             loss, grad_norm = train_step(model, optimizer, guard, loader, plan.micro_steps, cfg, dist)
+            if average:
+                average.update()
             step, tokens = step + 1, tokens + cfg.train.batch_tokens
             log.advance(step)
             if every(step, cfg.train.log_every):
@@ -275,16 +291,53 @@ def bad_numbers(step: int, where: str) -> str:
     )
 
 
+def compile_model(model: Transformer, cfg: Config, dist: Dist) -> None:
+    """torch.compile in place, where it is wanted; a smaller budget of activations computes some of them twice."""
+    if cfg.train.compile if cfg.train.compile is not None else dist.device.type == "cuda":
+        functorch.activation_memory_budget = cfg.train.activation_memory_budget
+        model.compile(dynamic=False)
+    elif cfg.train.activation_memory_budget < 1:
+        raise ValueError("activation_memory_budget has no effect without --compile")
+
+
+def largest_that_fits(model: Transformer, cfg: Config, plan: Plan, dist: Dist) -> int:
+    """Sequences per micro-step for which a forward and a backward pass fit in the memory of every rank's GPU, by trying."""
+    if dist.device.type != "cuda":
+        return CPU_AUTO
+    size, room = (
+        plan.batch_size,
+        0.94 * torch.cuda.mem_get_info()[1] - 20 * plan.params,
+    )  # AdamW's or Muon's state to come
+    while size > 1:
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            learn_nothing(model, cfg, size, dist)
+            tight = torch.cuda.max_memory_allocated() > room
+        except torch.OutOfMemoryError:
+            tight = True
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if not distributed.largest(int(tight)):
+            break
+        size = max(n for n in range(1, size) if plan.batch_sequences // dist.world_size % n == 0)
+    return size
+
+
+def learn_nothing(model: nn.Module, cfg: Config, batch_size: int, dist: Dist) -> None:
+    """One forward and backward pass."""
+    tokens = torch.zeros(batch_size, cfg.model.seq_len, dtype=torch.long, device=dist.device)
+    with autocast(cfg, dist.device):
+        loss = model(tokens, tokens, z_loss=cfg.optim.z_loss)
+    loss.backward()
+
+
 def rehearse(model: nn.Module, cfg: Config, plan: Plan, dist: Dist) -> None:
     """One forward and backward pass that counts for nothing.
 
     DDP orders its gradient buckets anew after the first backward pass, which changes the last bit of sums over three or
     more ranks: without this the first step after a resume would differ from the uninterrupted run's.
     """
-    tokens = torch.zeros(plan.batch_size, cfg.model.seq_len, dtype=torch.long, device=dist.device)
-    with autocast(cfg, dist.device):
-        loss = model(tokens, tokens)
-    loss.backward()
+    learn_nothing(model, cfg, plan.batch_size, dist)
     model.zero_grad(set_to_none=True)
 
 
@@ -303,36 +356,65 @@ def train_step(
         inputs, targets = (x.to(dist.device, non_blocking=True) for x in loader.next())
         with distributed.no_sync(model, last=micro_step == micro_steps - 1):  # forward too, or DDP would reduce
             with autocast(cfg, dist.device):
-                loss = model(inputs, targets)
+                loss = model(inputs, targets, z_loss=cfg.optim.z_loss)
             (loss / micro_steps).backward()
         loss_sum += loss.detach()
     loss = distributed.mean(loss_sum / micro_steps)
     grad_norm = clip_gradients(model, cfg.optim.grad_clip)
-    optimizer.found_inf = guard.judge(loss, grad_norm)  # type: ignore[attr-defined]  # fused kernels skip on the device
-    optimizer.step()
+    apply(optimizer, guard.judge(loss, grad_norm))
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
 
 
-def validate(model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist: Dist) -> dict[str, float | None]:
+def validate(
+    model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist: Dist, batch_size: int
+) -> dict[str, float | None]:
     """Loss (nats per token) and bits per byte over the first eval_tokens validation tokens of each source.
 
-    With several sources also each one's loss, and their macro average; val_loss is the micro average, over tokens.
+    With several sources also each one's, and their macro average; val_loss is the micro average, over tokens.
     """
-    sums = {name: validation_sums(name, model, tokenizer, cfg, dist) for name in cfg.data.sources}
-    loss_sum, n_tokens, n_bytes = (sum(column) for column in zip(*sums.values(), strict=True))
-    bpb = loss_sum / n_bytes / math.log(2) if n_bytes else None
-    row = {"val_loss": loss_sum / n_tokens, "val_bpb": bpb}
+    sums = {name: validation_sums(name, model, tokenizer, cfg, dist, batch_size) for name in cfg.data.sources}
+    losses = {name: _losses(*column) for name, column in sums.items()}
+    loss, bpb = _losses(*(sum(column) for column in zip(*sums.values(), strict=True)))
+    row: dict[str, float | None] = {"val_loss": loss, "val_bpb": bpb}
     if len(sums) > 1:
-        losses = {name: loss / n for name, (loss, n, _) in sums.items()}
-        row |= {f"val_loss/{name}": loss for name, loss in losses.items()}
-        row["val_macro_loss"] = sum(losses.values()) / len(losses)
+        row |= {f"val_loss/{name}": loss for name, (loss, _) in losses.items()}
+        row |= {f"val_bpb/{name}": bpb for name, (_, bpb) in losses.items()}
+        row["val_macro_loss"] = sum(loss for loss, _ in losses.values()) / len(losses)
     return row
+
+
+def _losses(loss_sum: float, n_tokens: float, n_bytes: float) -> tuple[float, float | None]:
+    return loss_sum / n_tokens, loss_sum / n_bytes / math.log(2) if n_bytes else None
+
+
+def eval_only(cfg: Config, dist: Dist) -> None:
+    """Print loss, perplexity and bits per byte of the checkpoint cfg.train.eval_only on the validation parts of the sources."""
+    model, meta = checkpoint.load_model(cfg.train.eval_only or "", dist.device)
+    tokenizer = load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256"))
+    for source in cfg.data.sources:
+        if (theirs := Dataset(source).tokenizer)["name"] != tokenizer.name:
+            raise ValueError(
+                f"{source} holds {theirs['name']} tokens, {meta['path']} reads {tokenizer.name}; prepare the text again "
+                f"with --tokenizer={tokenizer.name}"
+            )
+    cfg = replace(cfg, model=model.config)
+    row = validate(model, tokenizer, cfg, dist, make_plan(cfg, dist.world_size).batch_size)
+    if not dist.is_main:
+        return
+    rows = [("all tokens (micro)", row["val_loss"], row["val_bpb"])]
+    if len(cfg.data.sources) > 1:
+        rows = [(name, row[f"val_loss/{name}"], row[f"val_bpb/{name}"]) for name in cfg.data.sources] + rows
+        rows.append(("sources (macro)", row["val_macro_loss"], None))
+    print(f"{meta['path']}, step {meta['step']:,}\n{'':24}{'loss':>10}{'perplexity':>12}{'bits per byte':>15}")
+    for name, loss, bpb in rows:
+        assert loss is not None
+        print(f"{name:24}{loss:10.4f}{math.exp(min(loss, 50)):12.3f}{'' if bpb is None else f'{bpb:15.4f}'}")
 
 
 @torch.no_grad()
 def validation_sums(
-    source: str, model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist: Dist
+    source: str, model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist: Dist, batch_size: int
 ) -> list[float]:
     """[sum of losses, tokens, bytes] of one source's validation split, over all ranks."""
     lengths = torch.from_numpy(tokenizer.byte_lengths()) if tokenizer else None
@@ -340,7 +422,7 @@ def validation_sums(
     for inputs, targets in validation_batches(
         {source: 1.0},
         seq_len=cfg.model.seq_len,
-        batch_size=cfg.train.batch_size,
+        batch_size=batch_size,
         rank=dist.rank,
         world_size=dist.world_size,
         max_tokens=cfg.train.eval_tokens,
@@ -492,8 +574,10 @@ def start(
         path = checkpoint.find(cfg.train.init_from)
         weights = checkpoint.read(path)
         same_model(weights, cfg, path)
-        checkpoint.load_weights(model, weights["model"], path)
+        checkpoint.load_weights(model, weights.get("ema", weights["model"]), path)
         log.line(f"weights from {path}")
+    elif cfg.train.zero_init:
+        model.zero_outputs()
     return 0, 0, 0.0
 
 
@@ -570,8 +654,10 @@ def every(step: int, period: int) -> bool:
 
 
 def uses_bf16(cfg: Config, device: torch.device) -> bool:
-    """bf16 unless told otherwise on a GPU, fp32 unless told otherwise on a CPU."""
-    return cfg.train.dtype == "bf16" or (cfg.train.dtype is None and device.type == "cuda")
+    """Unless told otherwise: on a GPU, and on a CPU that has instructions for it (4.5 times fp32's matmuls there)."""
+    if cfg.train.dtype is not None:
+        return cfg.train.dtype == "bf16"
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def autocast(cfg: Config, device: torch.device) -> contextlib.AbstractContextManager:

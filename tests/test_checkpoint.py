@@ -94,7 +94,7 @@ def test_the_settings_of_the_continuing_run_win_over_the_files(tmp_path):
     path = save(tmp_path, model, optimizer)
     now = adam(model, beta2=0.99, weight_decay=0.0)
     checkpoint.restore(checkpoint.read(path), model, now, path)
-    assert [(g["betas"][1], g["weight_decay"], g["lr"]) for g in now.param_groups] == [(0.99, 0.0, 1e-2)] * 2
+    assert [(g["betas"][1], g["weight_decay"], g["lr"]) for g in now.param_groups] == [(0.99, 0.0, 1e-2)] * 3
 
 
 def test_random_numbers_continue_where_they_were(tmp_path):

@@ -331,3 +331,58 @@ def test_a_penalty_makes_what_was_said_less_likely_and_nothing_else():
     plain, varied = (list(generate(model, [5], 40, temperature=0, repetition_penalty=p)) for p in (1.0, 1e6))
     assert plain == list(generate(model, [5], 40, temperature=0))
     assert len(set(varied[:30])) > len(set(plain[:30]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_the_loss_in_chunks_is_the_loss_of_all_logits(dtype, z_loss, tokens, monkeypatch):
+    """Eager training never holds all logits; compiled training does, and lets the compiler fuse them. Same gradients."""
+    values = []
+    for compiling in (False, True):
+        model = tiny_model()
+        monkeypatch.setattr("model.LOSS_CHUNK", 64 * 128)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        inputs, targets = tokens[:, :-1].repeat(7, 1), tokens[:, 1:].repeat(7, 1).clone()  # 210 rows, in chunks of 64
+        targets[0, 3], weights = IGNORED, torch.rand(targets.shape, generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            loss = model(inputs, targets, z_loss=z_loss) + model(inputs, targets, loss_weights=weights, reduction="sum")
+        (loss / 3).backward()
+        values.append([loss.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6) if dtype == torch.float32 else None
+    torch.testing.assert_close(*values, rtol=0.05, atol=0.05)
+
+
+def test_z_loss_bends_the_gradient_and_not_the_value(tokens):
+    model, inputs, targets = tiny_model(), tokens[:, :-1], tokens[:, 1:]
+    plain, bent = model(inputs, targets), model(inputs, targets, z_loss=0.1)
+    assert plain.item() == bent.item()
+    weight = model.embed_tokens.weight
+    difference = torch.autograd.grad(bent, weight)[0] - torch.autograd.grad(plain, weight, retain_graph=True)[0]
+    z = 0.1 * model(inputs).logsumexp(-1).square().mean()
+    torch.testing.assert_close(difference, torch.autograd.grad(z, weight)[0], atol=1e-6, rtol=1e-4)
+
+
+def test_an_eager_step_never_holds_all_logits(monkeypatch):
+    """The largest tensor made on the way to the gradients is a chunk, not the [rows, vocabulary] of all logits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.size = max(self.size, out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    monkeypatch.setattr("model.LOSS_CHUNK", 64 * 128)
+    model, tokens = tiny_model(), torch.randint(0, 97, (40, 16))
+    with Largest() as seen:
+        model(tokens, tokens).backward()
+    rows = tokens.numel()
+    assert 64 * 128 <= seen.size < rows * 128 // 2
+
+
+def test_zero_outputs_makes_every_layer_the_identity(tokens):
+    model = tiny_model()
+    model.zero_outputs()
+    torch.testing.assert_close(model.hidden(tokens), model.norm(model.embed_tokens(tokens)))

@@ -1,5 +1,6 @@
 """optimizers.py: the learning rate is a written list of numbers, AdamW is ten lines, only matrices decay."""
 
+import copy
 import itertools
 import math
 
@@ -7,11 +8,24 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from optimizers import SCHEDULES, OptimConfig, build_optimizer, clip_gradients, lr_at, set_lr
+from optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
+    Average,
+    OptimConfig,
+    apply,
+    build_optimizer,
+    clip_gradients,
+    lr_at,
+    orthogonalize,
+    set_lr,
+    swapped_in,
+)
 
 
 def schedule(name: str, steps: int = 10, **changes) -> list[float]:
-    cfg = OptimConfig(**{"schedule": name, "max_lr": 1.0, "min_lr": 0.1, "warmup_frac": 0.2, **changes})  # type: ignore[arg-type]
+    fixed = {"max_lr": 1.0, "min_lr": None if name == "constant" else 0.1, "warmup_frac": 0.2}
+    cfg = OptimConfig(**{"schedule": name, **fixed, **changes})  # type: ignore[arg-type]
     return [lr_at(step, steps, cfg) for step in range(steps)]
 
 
@@ -85,6 +99,136 @@ def test_tied_weights_are_updated_once():
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == sum(
         p.numel() for p in model.parameters()
     )
+
+
+def quadratic(cfg: OptimConfig, steps: int = 3):
+    """A model after some steps on fixed random gradients, and its optimizer."""
+    model = tiny_model()
+    optimizer = build_optimizer(model, cfg)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        apply(optimizer, torch.tensor(0.0))
+    return model, optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_step_changes_neither_weights_nor_state(name):
+    cfg = OptimConfig(optimizer=name, max_lr=1e-2, weight_decay=0.1)
+    model, optimizer = quadratic(cfg)
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    apply(optimizer, torch.tensor(1.0))
+    torch.testing.assert_close([model.state_dict(), optimizer.state_dict()["state"]], before, rtol=0, atol=0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    apply(optimizer, torch.tensor(0.0))
+    assert all((p != before[0][key]).any() for key, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns(name, tokens):
+    rates = {"sgd": 0.5, "lion": 1e-3, "rmsprop": 1e-3}
+    model = tiny_model()
+    optimizer = build_optimizer(model, OptimConfig(optimizer=name, max_lr=rates.get(name, 1e-2), min_lr=0))
+    losses = []
+    for _ in range(30):
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        apply(optimizer, torch.tensor(0.0))
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 40), (2, 40, 16)])
+def test_muons_direction_is_the_orthogonal_factor_of_the_svd(shape):
+    matrices = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    ours = orthogonalize(matrices)
+    values = torch.linalg.svdvals(ours)
+    assert values.min() > 0.6 and values.max() < 1.25, "five steps leave singular values around one"
+    torch.testing.assert_close(u.mT @ ours @ vh.mT, torch.diag_embed(values.new_ones(values.shape)), atol=0.4, rtol=0)
+    off = u.mT @ ours @ vh.mT * (1 - torch.eye(16))
+    assert off.abs().max() < 0.03, "same singular vectors, within bf16"
+
+
+def test_muon_is_these_lines():
+    cfg = OptimConfig(optimizer="muon", max_lr=1e-2, weight_decay=0.3)
+    model, optimizer = quadratic(cfg, 0)
+    p = model.get_parameter("layers.0.mlp.up_proj.weight")
+    weight, momentum = p.detach().clone(), torch.zeros_like(p)
+    for seed in range(3):
+        for q in model.parameters():
+            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed))
+        apply(optimizer, torch.tensor(0.0))
+        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        momentum = 0.95 * momentum + 0.05 * g
+        direction = orthogonalize((0.05 * g + 0.95 * momentum)[None])[0]
+        weight = weight * (1 - 1e-2 * 0.3) - 1e-2 * 0.2 * max(p.shape) ** 0.5 * direction
+    torch.testing.assert_close(p.detach(), weight, atol=2e-4, rtol=0)
+    rms = (direction * 0.2 * max(p.shape) ** 0.5).square().mean().sqrt()
+    assert 0.15 < rms < 0.25, "an update as large as AdamW's"
+
+
+def test_muon_shared_by_ranks_is_muon_alone():
+    """Three ranks, each orthogonalising its share: the same directions as one that does them all."""
+
+    def three_ranks(work, batch):
+        shares = batch.tensor_split(3)
+        return torch.cat([work(share) for share in shares if len(share)])
+
+    alone, _ = quadratic(OptimConfig(optimizer="muon", max_lr=1e-2))
+    model = tiny_model()
+    optimizer = build_optimizer(model, OptimConfig(optimizer="muon", max_lr=1e-2), three_ranks)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        apply(optimizer, torch.tensor(0.0))
+    for a, b in zip(alone.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_lion_is_these_lines():
+    model, optimizer = quadratic(OptimConfig(optimizer="lion", max_lr=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9), 0)
+    p = model.get_parameter("layers.0.mlp.up_proj.weight")
+    weight, momentum = p.detach().clone(), torch.zeros_like(p)
+    for seed in range(3):
+        for q in model.parameters():
+            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed))
+        apply(optimizer, torch.tensor(0.0))
+        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        weight = weight * (1 - 1e-2 * 0.3) - 1e-2 * torch.sign(0.8 * momentum + 0.2 * g)
+        momentum = 0.9 * momentum + 0.1 * g
+    torch.testing.assert_close(p.detach(), weight)
+
+
+def test_embedding_and_head_have_their_own_learning_rate():
+    model = tiny_model(tie_embeddings=False)
+    optimizer = build_optimizer(model, OptimConfig(max_lr=1e-2, embed_lr=3e-2))
+    set_lr(optimizer, 1e-3)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert rates[id(p)] == pytest.approx(3e-3 if name.startswith(("embed_tokens", "lm_head")) else 1e-3), name
+
+
+def test_the_average_follows_the_weights_and_comes_and_goes():
+    model = tiny_model()
+    average = Average(model, decay=0.9)
+    p, expected = model.norm.weight, model.norm.weight.detach().clone()
+    for t in range(1, 30):
+        with torch.no_grad():
+            p += 1
+        average.update()
+        decay = min(0.9, t / (t + 10))
+        expected = decay * expected + (1 - decay) * p.detach()
+    live = p.detach().clone()
+    with swapped_in(average):
+        torch.testing.assert_close(model.norm.weight.detach(), expected)
+    assert torch.equal(model.norm.weight.detach(), live)
 
 
 def test_adamw_is_these_ten_lines(tokens):

@@ -1,6 +1,7 @@
 """The loop: what a run writes, and that batching, processes, interruptions and compilation do not change it."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -17,12 +18,22 @@ import torch
 import checkpoint
 import data_pipeline
 import metrics
+import optimizers
 import shards
 import training
 from config import parse_config
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--dim=32", "--n_layers=2", "--n_heads=2", "--seq_len=32", "--batch_size=4", "--batch_tokens=512"]
+TINY = [
+    "--dim=32",
+    "--n_layers=2",
+    "--n_heads=2",
+    "--seq_len=32",
+    "--batch_size=4",
+    "--batch_tokens=512",
+    "--dtype=fp32",
+]
+OTHERS = sorted(optimizers.OPTIMIZERS.keys() - {"adamw", "muon"})
 OFTEN = ["--log_every=1", "--eval_every=3", "--eval_tokens=2000", "--checkpoint_every=2", "--sample_every=0"]
 
 
@@ -151,15 +162,27 @@ def test_accumulating_micro_steps_is_the_same_as_one_large_batch(undisturbed, da
     assert losses(tmp_path / "large") == pytest.approx(losses(undisturbed), abs=1e-5)
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_two_processes_are_the_same_run_as_one(undisturbed, data, tmp_path, processes):
+def test_two_processes_are_the_same_run_as_one(undisturbed, data, tmp_path):
     run_dir = tmp_path / "distributed"
-    torchrun(processes, arguments(data, run_dir))
-    assert losses(run_dir) == pytest.approx(losses(undisturbed), abs=1e-5)
-    rows = [[r["val_loss"] for r in metrics.read_metrics(d) if "val_loss" in r] for d in (run_dir, undisturbed)]
+    torchrun(2, arguments(data, run_dir))
+    same_run(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["muon", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+def test_two_processes_are_the_same_run_as_one_for_every_optimizer(name, data, tmp_path):
+    """Muon's ranks orthogonalise a share of the matrices each."""
+    options = [f"--optimizer={name}", "--max_lr=1e-3", "--min_lr=0", "--ema=0.9", "--z_loss=1e-4", "--zero_init"]
+    run(data, tmp_path / "one", *options)
+    torchrun(2, arguments(data, tmp_path / "two", *options))
+    same_run(tmp_path / "two", tmp_path / "one")
+
+
+def same_run(a: Path, b: Path) -> None:
+    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
+    rows = [[r["val_loss"] for r in metrics.read_metrics(d) if "val_loss" in r] for d in (a, b)]
     assert rows[0] == pytest.approx(rows[1], abs=1e-5)
-    for name, tensor in weights(run_dir).items():
-        assert torch.allclose(tensor, weights(undisturbed)[name], atol=1e-4), name
+    for name, tensor in weights(a).items():
+        assert torch.allclose(tensor, weights(b)[name], atol=1e-4), name
 
 
 def torchrun(processes: int, args: list[str]) -> None:
@@ -212,7 +235,7 @@ def test_the_plan_of_the_416m_run_needs_no_data(monkeypatch, tmp_path, capsys):
 def test_the_batch_in_tokens_is_shared_out_over_any_number_of_processes():
     cfg = training.with_vocabulary(training.Config(), None)
     plans = {n: training.make_plan(cfg, n) for n in (1, 2, 8)}
-    assert {n: plan.micro_steps for n, plan in plans.items()} == {1: 16, 2: 8, 8: 2}
+    assert {n: plan.micro_steps for n, plan in plans.items()} == {1: 5, 2: 4, 8: 1}
     assert {(plan.steps, plan.batch_sequences) for plan in plans.values()} == {(15_258, 640)}
 
 
@@ -233,3 +256,70 @@ def test_vocabulary_follows_the_data_unless_given():
     assert training.with_vocabulary(cfg, 257).model.vocab_size == 257
     wider = replace(cfg, model=replace(cfg.model, vocab_size=300))
     assert training.with_vocabulary(wider, 257).model.vocab_size == 300
+
+
+def test_eval_only_gives_the_loss_that_training_logged(undisturbed, data, tmp_path, capsys):
+    (row,) = [r for r in metrics.read_metrics(undisturbed) if r["step"] == 6 and "val_loss" in r]
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    options = [f"--eval_only={undisturbed}", "--eval_tokens=2000", "--dtype=fp32"]
+    training.main(parse_config(training.Config, [f"--sources={data},{other}", *options]))
+    lines = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()[2:]}
+    for name in (str(data), str(other), "all tokens (micro)"):
+        loss, perplexity, bpb = lines[name][-3:]
+        assert float(loss) == pytest.approx(row["val_loss"], abs=1e-4)
+        assert float(bpb) == pytest.approx(row["val_bpb"], abs=1e-4)
+        assert float(perplexity) == pytest.approx(math.exp(row["val_loss"]), rel=1e-4)
+    assert float(lines["sources (macro)"][-2]) == pytest.approx(row["val_loss"], abs=1e-4)
+
+
+def test_eval_only_refuses_data_of_another_tokenizer(undisturbed, data, tmp_path):
+    shutil.copytree(data, tmp_path / "gpt2")
+    meta = json.loads((data / "meta.json").read_text())
+    meta["tokenizer"]["name"] = "gpt2"
+    (tmp_path / "gpt2" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=r"gpt2 tokens, .* reads bytes; prepare .* --tokenizer=bytes"):
+        training.main(parse_config(training.Config, [f"--eval_only={undisturbed}", f"--sources={tmp_path / 'gpt2'}"]))
+
+
+def test_a_run_with_an_average_evaluates_it_and_goes_on_with_the_weights(data, tmp_path):
+    options = ["--ema=0.5", "--dtype=fp32"]
+    run(data, tmp_path / "whole", *options)
+    run(data, tmp_path / "parts", *options, "--max_steps=4", "--schedule=constant")
+    state = checkpoint.read(checkpoint.path_of(tmp_path / "whole", 6))
+    assert state["ema_updates"] == 6 and state["ema"].keys() == state["model"].keys()
+    model, _ = checkpoint.load_model(tmp_path / "whole")
+    assert torch.equal(model.norm.weight, state["ema"]["norm.weight"])
+    assert not torch.equal(state["ema"]["norm.weight"], state["model"]["norm.weight"])
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", killed)
+    for left in ("final_metrics.json", "checkpoint_step_6.pt"):
+        (killed / left).unlink()
+    run(data, killed, *options)
+    again = checkpoint.read(checkpoint.path_of(killed, 6))
+    assert all(torch.equal(again["ema"][name], tensor) for name, tensor in state["ema"].items())
+    assert losses(killed) == losses(tmp_path / "whole")
+
+
+def test_the_largest_micro_batch_that_fits_is_found_by_trying(monkeypatch):
+    tried = []
+
+    def learn_nothing(model, cfg, size, dist):
+        tried.append(size)
+        if size > 20:
+            raise torch.OutOfMemoryError("no")
+
+    gpu = training.Dist(device=torch.device("cuda"))
+    monkeypatch.setattr(training, "learn_nothing", learn_nothing)
+    for name, value in {
+        "mem_get_info": lambda: (0, 100e9),
+        "max_memory_allocated": lambda: 1e9,
+        "reset_peak_memory_stats": lambda: None,
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    cfg = training.with_vocabulary(training.Config(), None)
+    plan = training.make_plan(cfg, 2)
+    fits = training.largest_that_fits(torch.nn.Linear(1, 1), cfg, plan, gpu)  # type: ignore[arg-type]
+    assert (tried, fits) == ([80, 64, 40, 32, 20], 20)
+    assert training.make_plan(cfg, 2, fits=fits).micro_steps == 16
