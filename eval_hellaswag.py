@@ -218,7 +218,7 @@ def score_rows(
     cast = torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), cast:
+    with torch.no_grad(), cast:  # not inference_mode: in it autocast casts the weights anew for every batch
         scores = [score(model, batch, device) for batch in tqdm(mine, unit="batch", disable=None if progress else True)]
     model.train(was_training)
     sums, greedy = (torch.cat(part).tolist() if part else [] for part in zip(*scores)) if scores else ([], [])
@@ -283,8 +283,8 @@ def _logprobs(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     """log p(target) in fp32 and whether the target is the likeliest, both [u, W], for hidden states [u, D]."""
     logits = model.head(hidden).float()  # [u, V]
     chosen, top = logits.gather(-1, targets), logits.amax(-1, keepdim=True)
-    total = logits.sub_(top).exp_().sum(-1, keepdim=True)  # in place: memory is what a CPU waits for here
-    return chosen - top - total.log(), chosen >= top
+    torch.softmax(logits, -1, out=logits)  # in place: memory is what a CPU waits for here
+    return chosen - top + logits.amax(-1, keepdim=True).log(), chosen >= top  # the likeliest one has e^0 / sum
 
 
 def evaluate(

@@ -246,7 +246,11 @@ class Transformer(nn.Module):
         """Hidden states [..., D] to logits [..., V]."""
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         bias = self.padding_bias
-        return F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
+        if bias is None or torch.is_grad_enabled():
+            return F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
+        logits = F.linear(hidden, weight)
+        logits[..., self.config.vocab_size :] = -math.inf  # a bias would write all logits once more
+        return logits
 
     def loss(
         self,
