@@ -369,8 +369,11 @@ def _harness_ways(model: Any, tokenizer: Any, items: list[Any], folder: Path) ->
     from lm_eval.api.instance import Instance
     from lm_eval.models import huggingface
 
+    import convert_hf
+
     harness: Any = huggingface  # a decorator hides the class's arguments from type checkers
-    export_llama(model, tokenizer, folder / "llama")
+    (folder / "llama").mkdir()
+    convert_hf.write_folder(folder / "llama", model, tokenizer, {})
     pairs = [(item.context, f" {ending}") for item in items for ending in item.endings]
 
     def score(lm: Any) -> list[float]:
@@ -389,31 +392,6 @@ def _harness_ways(model: Any, tokenizer: Any, items: list[Any], folder: Path) ->
         name: functools.partial(score, harness.HFLM(pretrained=str(folder / "llama"), device="cpu", **options))
         for name, options in settings.items()
     }
-
-
-def export_llama(model: Any, tokenizer: Any, folder: Path) -> None:
-    """The weights as a transformers folder, with a tokenizer that gives the same tokens."""
-    import base64
-
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    c, encoding = model.config, tokenizer._encoding
-    shape = LlamaConfig(
-        hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, intermediate_size=c.ffn_dim,
-        num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size, max_position_embeddings=c.seq_len, rms_norm_eps=1e-6,
-        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-    )  # fmt: skip
-    network = LlamaForCausalLM(shape)
-    weights = {f"model.{k}": v[: c.vocab_size] if "embed" in k else v for k, v in model.state_dict().items()}
-    network.load_state_dict(weights, strict=False)
-    network.tie_weights()
-    network.save_pretrained(folder)
-    ranks = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in encoding._mergeable_ranks.items())
-    (folder / "ranks").write_bytes(b"".join(ranks))
-    converter = TikTokenConverter(vocab_file=str(folder / "ranks"), pattern=encoding._pat_str)
-    fast = PreTrainedTokenizerFast(tokenizer_object=converter.converted(), eos_token="<|endoftext|>")
-    fast.save_pretrained(folder)
 
 
 def _functions_of(file: str | None) -> dict[str, Callable[..., list[float]]]:

@@ -222,10 +222,7 @@ def pieces(voice: Voice, tokens: Iterator[int]) -> Iterator[tuple[int, str]]:
     """Each token with the characters that it completes; -1 stands for the end, with what is left of a broken one."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        try:
-            yield token, decoder.decode(voice.tokenizer.decode_bytes([token]))
-        except KeyError:  # some vocabularies leave ids unused
-            yield token, f"<token {token}>"
+        yield token, decoder.decode(voice.tokenizer.spell(token))
     yield -1, decoder.decode(b"", final=True)
 
 

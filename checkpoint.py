@@ -165,8 +165,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Tr
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Copy weights into a model (any wrapping). Raises ValueError that lists what is missing or has another shape."""
-    have: dict[str, Any] = dict(weights)
-    want: dict[str, Any] = dict(get_model_state_dict(model))
+    check_shapes(weights, get_model_state_dict(model), path)
+    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
+
+
+def check_shapes(have: Mapping[str, Any], want: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ValueError unless `have` holds the names and shapes of `want`, and no others."""
     wrong = [f"{k} is missing" for k in want if k not in have]
     wrong += [f"{k} is unknown" for k in have if k not in want]
     wrong += [
@@ -176,7 +180,6 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], path: st
     ]
     if wrong:
         raise ValueError(f"{path} does not fit the model: {'; '.join(wrong[:4])} ({len(wrong)} differences)")
-    set_model_state_dict(model, have, options=StateDictOptions(full_state_dict=True))
 
 
 class Writer:

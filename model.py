@@ -22,11 +22,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-NORM_EPS = 1e-6
 INIT_STD = 0.02
 VOCAB_MULTIPLE = 128  # matmuls with 50304 columns are faster than with 50257; modded-nanogpt and nanochat do the same
 IGNORED = -100  # a target that carries no loss
 LOSS_CHUNK = 2**24  # logits that exist at once in an eager loss: 64 MB; larger chunks were no faster
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Llama 3's names
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class ModelConfig:
     vocab_size: int | None = None  # number of tokens; none = that of the data's tokenizer
     seq_len: int = 1024  # context length in tokens
     rope_theta: float = 10000.0  # base of the rotary frequencies; larger for longer contexts
+    rope_scaling: dict[str, float] | None = None  # Llama 3's stretch of slow frequencies, for imported models
+    norm_eps: float = 1e-6  # what RMSNorm adds to the mean square
     tie_embeddings: bool = True  # output head shares the embedding's weights
     qk_norm: bool = False  # RMSNorm on queries and keys (Qwen3); steadier at high learning rates
     causal: bool = True  # false = every token sees every token (masked diffusion)
@@ -70,6 +72,11 @@ class ModelConfig:
         )
         _require(ffn_dim >= 1, f"ffn_dim must be at least 1, got {self.ffn_dim}")
         _require(self.rope_theta > 1, f"rope_theta must be above 1, got {self.rope_theta}")
+        _require(self.norm_eps > 0, f"norm_eps must be above 0, got {self.norm_eps}")
+        if self.rope_scaling is not None:
+            values = [self.rope_scaling.get(name, 0) for name in ROPE_SCALING]  # factor, low, high, context
+            known = len(self.rope_scaling) == len(values) and min(values) > 0 and values[2] > values[1]
+            _require(known, f"rope_scaling needs {', '.join(ROPE_SCALING)}, low below high; got {self.rope_scaling}")
         _require(
             self.vocab_size is None or self.vocab_size >= 2,
             f"vocab_size must be at least 2, got {self.vocab_size}",
@@ -87,8 +94,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.dim, self.n_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.dim, self.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS) if config.qk_norm else None
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -134,9 +141,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, *attention_args) -> Tensor:
@@ -158,7 +165,7 @@ class Transformer(nn.Module):
         padded = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.embed_tokens = nn.Embedding(padded, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, padded, bias=False)
         self.build_tables()
         self.init_weights()
@@ -169,6 +176,8 @@ class Transformer(nn.Module):
         assert config.head_dim and config.vocab_size
         # Angles in fp32: bf16 has 8 significant bits, so positions above 256 would no longer be distinct.
         frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+        if config.rope_scaling is not None:
+            frequencies = stretch(frequencies, config.rope_scaling)
         angles = torch.outer(torch.arange(config.seq_len, dtype=torch.float32), frequencies)  # [seq_len, H/2]
         bias = torch.zeros(padded)
         bias[config.vocab_size :] = -math.inf  # padded tokens never win and get no gradient
@@ -365,6 +374,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def stretch(frequencies: Tensor, scaling: dict[str, float]) -> Tensor:
+    """Llama 3.1's context extension: frequencies [H/2] that turn less than low_freq_factor times within the original
+    context are divided by `factor`, those above high_freq_factor turns stay, in between the two are blended."""
+    factor, low, high, context = (scaling[name] for name in ROPE_SCALING)
+    kept = ((frequencies * context / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def sample(

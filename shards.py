@@ -70,7 +70,14 @@ class Tokenizer:
         return self._encoding.decode_bytes(tokens)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+        return b"".join(map(self.spell, tokens)).decode("utf-8", errors="replace")
+
+    def spell(self, token: int) -> bytes:
+        """The bytes of one token; <token 7> for an id that no text has: some vocabularies and imported models hold such."""
+        try:
+            return self._encoding.decode_bytes([token])
+        except KeyError:
+            return b"<token %d>" % token
 
     def byte_lengths(self) -> np.ndarray:
         """[vocab_size] bytes of text per token, for bits per byte; special and unused ids count 0."""
@@ -139,7 +146,7 @@ class HuggingFaceEncoding:
         except Exception as error:  # tokenizers raises bare Exception; the hub client has many
             raise ValueError(f"cannot load tokenizer {name!r}: {str(error).splitlines()[0]}") from error
         self._fast.encode_special_tokens = True  # as plain text
-        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.text, self.sha256 = text, hashlib.sha256(text.encode()).hexdigest()
         data = json.loads(text)
         vocab = self._fast.get_vocab()
         special = {token["content"] for token in data["added_tokens"] if token["special"]}

@@ -25,7 +25,8 @@ IMPORTS = {
 }
 IMPORTS["training"] = IMPORTS.keys() - {"chat", "data_pipeline"}
 EXTRAS = ("convert_hf", "eval_lm_harness", "scaling_laws", "benchmark")  # import anything above, imported by nothing
-IMPORTS |= {name: IMPORTS.keys() - {"chat"} | {"chat"} for name in EXTRAS}
+IMPORTS |= {name: set(IMPORTS) for name in EXTRAS}
+IMPORTS["benchmark"].add("convert_hf")  # measures transformers with the same weights
 LAZY = {"diffusion"}  # imported inside the branch that needs it
 
 REQUIREMENTS = {"torch", "numpy", "tiktoken", "datasets", "huggingface-hub", "tqdm", "matplotlib"}

@@ -32,9 +32,11 @@ def test_command(command):
 
 
 def help_of(script: str, words: list[str]) -> str:
-    command = [
-        word for word in words if script == "data_pipeline.py" and word in ("download", "prepare", "verify", "info")
-    ]
+    named = {
+        "data_pipeline.py": ("download", "prepare", "verify", "info"),
+        "convert_hf.py": ("export", "import", "push"),
+    }
+    command = [word for word in words if word in named.get(script, ())]
     argv = [sys.executable, ROOT / script, *command, "--help"]
     return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
 
