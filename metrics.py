@@ -1,12 +1,16 @@
 """Rows of numbers to metrics.jsonl, model FLOPs utilisation, and plots of them.
 
     python metrics.py runs/sample                   # nine panels of one run -> runs/sample/final_metrics.png
-    python metrics.py runs/a runs/b -o loss.png     # several runs over each other
+    python metrics.py runs/a runs/b -o loss.png     # losses of several runs by tokens, both axes logarithmic
+    python metrics.py runs/a runs/b --x=hours       # ... by step, tokens, flops or hours
+    python metrics.py runs/sample --watch           # draws again while it trains
+    python metrics.py runs/sample --stats           # stats.jsonl (training.py --stats_every=50) as four maps
 
 A row is one JSON object with `step`, `tokens` and what was measured there: `loss`, `val_loss`, `val_bpb`, `lr`,
 `grad_norm`, `tokens_per_s`, `mfu`, `memory_gb`, `hellaswag_acc_norm`, ... Losses are in nats per token.
 """
 
+import errno
 import json
 import math
 import os
@@ -15,9 +19,11 @@ import statistics
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from config import ArgumentParser, run
@@ -53,6 +59,7 @@ SHOWN = {  # how a log line writes a value
     "hellaswag_acc": "HellaSwag acc {:.2%}",
     "hellaswag_acc_norm": "acc_norm {:.2%}",
 }
+WATCH_S = 5.0  # seconds between two looks of --watch
 EMA_DECAY = 0.99  # of the smoothed loss in plots, the seed's; less for short runs, where it would lag
 
 
@@ -66,6 +73,7 @@ class MetricsLog:
         self.run_dir, self.total_steps, self.enabled = Path(run_dir), total_steps, enabled
         self.release = weakref.finalize(self, os.close, lock) if lock is not None else None  # the run directory's
         self.bar, self.said, self.started = None, set(), (time.monotonic(), 0)
+        self.tracker: Any = None  # one of trackers.py, told every row
 
     def begin(self, step: int) -> None:
         """Start the clock and the bar at `step`."""
@@ -82,6 +90,8 @@ class MetricsLog:
         """Close the bar, let go of the run directory."""
         if self.release is not None:
             self.release()
+        if self.tracker is not None:
+            self.tracker.close()
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -90,7 +100,14 @@ class MetricsLog:
         """Append one row; None is left out, NaN and infinity become null (JSON has neither)."""
         if self.enabled:
             row = {"step": step, "tokens": tokens, **{k: _finite(v) for k, v in values.items() if v is not None}}
-            with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            self.append("metrics.jsonl", row)
+            if self.tracker is not None:
+                self.tracker.log({k: v for k, v in row.items() if k != "step" and v is not None}, step)
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """One row to a .jsonl file of the run directory."""
+        if self.enabled:
+            with open(self.run_dir / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def line(self, text: str) -> None:
@@ -122,16 +139,21 @@ class MetricsLog:
     def eta(self, step: int) -> str:
         """Time left at the speed of this process so far, evaluations and checkpoints included."""
         since, first = self.started
-        seconds = int((time.monotonic() - since) / max(1, step - first) * (self.total_steps - step))
-        hours, minutes = seconds // 3600, seconds // 60 % 60
-        return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"
+        return duration((time.monotonic() - since) / max(1, step - first) * (self.total_steps - step))
 
     def rewind(self, step: int) -> None:
         """Forget what a killed run logged after the checkpoint of `step`, and its evaluation there, which is repeated."""
-        path = self.run_dir / "metrics.jsonl"
-        if self.enabled and path.exists():
-            kept = [r for r in read_metrics(path) if r["step"] < step or (r["step"] == step and "loss" in r)]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        for path in (self.run_dir / "metrics.jsonl", self.run_dir / "stats.jsonl"):
+            if self.enabled and path.exists():
+                last = lambda row: "val_loss" not in row and "hellaswag_acc" not in row
+                kept = [r for r in read_metrics(path) if r["step"] < step or (r["step"] == step and last(r))]
+                write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 2m05s, 1h30m."""
+    hours, minutes = int(seconds) // 3600, int(seconds) // 60 % 60
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{int(seconds) % 60:02d}s"
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -208,7 +230,7 @@ def write_summary(run_dir: str | Path, **facts: Any) -> dict[str, Any]:
     rows = read_metrics(run_dir)
     summary = {**summarize(rows), **facts}
     write_text(Path(run_dir) / "final_metrics.json", json.dumps(summary, indent=2) + "\n")
-    plot({Path(run_dir).name: rows}, Path(run_dir) / "final_metrics.png")
+    plot(Path(run_dir).name, rows, Path(run_dir) / "final_metrics.png")
     return summary
 
 
@@ -232,18 +254,11 @@ DERIVED = {  # drawn from a logged value
 }
 
 
-def plot(runs: dict[str, list[dict[str, Any]]], out: str | Path) -> None:
-    """Nine panels (3 x 3) of one run, or of several over each other, as a picture at `out`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(3, 3, figsize=(16, 11), constrained_layout=True)
+def plot(name: str, rows: list[dict[str, Any]], out: str | Path) -> None:
+    """Nine panels (3 x 3) of one run as a picture at `out`."""
+    figure, axes = _figure(3, 3, figsize=(16, 11))
     for axis, (title, unit, keys, x, scale) in zip(axes.flat, PANELS, strict=True):
-        drawn = [
-            _draw(axis, rows, key, x, i, name, len(runs)) for i, (name, rows) in enumerate(runs.items()) for key in keys
-        ]
+        drawn = [_draw(axis, rows, key, x) for key in keys]
         axis.set(title=title, ylabel=unit, xlabel=x if x == "tokens" else "step")
         axis.grid(alpha=0.25)
         if not any(drawn):
@@ -257,14 +272,121 @@ def plot(runs: dict[str, list[dict[str, Any]]], out: str | Path) -> None:
             axis.axhline(25, color="gray", ls=":", label="chance")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    figure.suptitle(", ".join(runs), fontsize=13)
+    figure.suptitle(name, fontsize=13)
+    _save(figure, out)
+
+
+# What a comparison is drawn against: its label, and a row's value (None where the row does not say).
+X_AXES: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
+    "step": ("optimizer steps", lambda row: row["step"]),
+    "tokens": ("training tokens", lambda row: row["tokens"]),
+    "flops": ("training FLOPs", lambda row: row.get("flops")),
+    "hours": ("hours", lambda row: row["elapsed_s"] / 3600 if "elapsed_s" in row else None),
+}
+
+
+def plot_comparison(runs: dict[str, list[dict[str, Any]]], x: str, out: str | Path) -> None:
+    """Training (smoothed) and validation losses of several runs against one of X_AXES, as a picture at `out`."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    figure, axes = _figure(1, 2, figsize=(15, 6.5), sharey=True)
+    for axis, key, title in zip(axes.flat, ("loss", "val_loss"), ("Training loss, smoothed", "Validation loss")):
+        for name, rows in runs.items():
+            at, values = curve(rows, key, x)
+            axis.plot(at, ema(values) if key == "loss" else values, "-" if key == "loss" else "o-", ms=3, label=name)
+        axis.set(title=title, xlabel=X_AXES[x][0], xscale="log", yscale="log")
+        axis.yaxis.set_major_locator(MaxNLocator(12))  # within a decade the usual ones are too few
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter("{x:.3g}")
+        axis.tick_params(labelleft=True)
+        axis.grid(alpha=0.25, which="both")
+        axis.legend(fontsize=8)
+    axes.flat[0].set_ylabel("nats per token")
+    _save(figure, out)
+
+
+def curve(rows: list[dict[str, Any]], key: str, x: str) -> tuple[list[float], list[float]]:
+    """(positions on the axis x, values) of `key`; positions that a row lacks lie between its neighbours', by tokens."""
+    known = [(row["tokens"], value) for row in rows if (value := X_AXES[x][1](row)) is not None]
+    if not known:
+        raise ValueError(f"these runs do not say their {x}; choose another --x")
+    measured = [row for row in rows if row.get(key) is not None and row["tokens"] > 0]  # a logarithm has no 0
+    at = np.interp([row["tokens"] for row in measured], *zip((0, 0), *known))
+    return at.tolist(), [row[key] for row in measured]
+
+
+def reached(rows: list[dict[str, Any]], loss: float, x: str) -> float | None:
+    """Where on the axis x the validation loss first falls to `loss`, between two evaluations on a straight line."""
+    at, values = curve(rows, "val_loss", x)
+    for i, value in enumerate(values):
+        if value <= loss:
+            share = (values[i - 1] - loss) / (values[i - 1] - value) if i else 1.0
+            return at[i - 1] + share * (at[i] - at[i - 1]) if i else at[0]
+    return None
+
+
+def compare(runs: dict[str, list[dict[str, Any]]], x: str) -> str:
+    """Each run's last validation loss, and where on the axis x it reached that of the first run."""
+    last = {name: (curve(rows, "val_loss", x)[1] or [math.nan])[-1] for name, rows in runs.items()}
+    goal, whole = next(iter(last.values())), (curve(next(iter(runs.values())), "val_loss", x)[0] or [math.nan])[-1]
+    lines = [f"{'':40} validation loss   reaches {goal:.4f} after"]
+    for name, rows in runs.items():
+        at = reached(rows, goal, x)
+        when = f"{at:.4g} {x} ({at / whole:.2f}x)" if at is not None else "-"
+        lines.append(f"{name:40} {last[name]:15.4f}   {when}")
+    return "\n".join(lines)
+
+
+def plot_stats(run_dir: str | Path, out: str | Path) -> None:
+    """Every weight's statistics in stats.jsonl as maps, weights down, steps to the right."""
+    rows = read_metrics(Path(run_dir) / "stats.jsonl")
+    if not rows:
+        raise ValueError(f"{run_dir}/stats.jsonl has no rows yet; train for at least stats_every steps")
+    names, steps = list(rows[0]["weight_norm"]), [row["step"] for row in rows]
+    figure, axes = _figure(2, 2, figsize=(16, 5 + 0.18 * len(names)))
+    ratio = [{n: row["update_norm"][n] / max(row["weight_norm"][n], 1e-30) for n in names} for row in rows]
+    maps = {
+        "weight norm": [row["weight_norm"] for row in rows],
+        "gradient norm, clipped": [row["grad_norm"] for row in rows],
+        "update norm / weight norm": ratio,
+        "cosine with the gradient before": [row.get("grad_cosine", {}) for row in rows],
+    }
+    for axis, (title, columns) in zip(axes.flat, maps.items(), strict=True):
+        values = np.array([[column.get(name, np.nan) for column in columns] for name in names], dtype=float)
+        cosine = title.startswith("cosine")
+        shown = values if cosine else np.log10(np.maximum(values, 1e-12))
+        image = axis.imshow(shown, aspect="auto", interpolation="nearest", cmap="RdBu" if cosine else "viridis")
+        image.set_clim(-1, 1) if cosine else None
+        figure.colorbar(image, ax=axis, label=None if cosine else "log10")
+        ticks = np.unique(np.linspace(0, len(steps) - 1, 6).astype(int))
+        axis.set(title=title, xlabel="step", xticks=ticks, xticklabels=[steps[i] for i in ticks])
+        axis.set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=6)
+    _save(figure, out)
+
+
+def _figure(rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, constrained_layout=True, **options)
+
+
+def _save(figure: Any, out: str | Path) -> None:
+    """As a whole: who looks at it sees the old picture or the new one."""
+    import matplotlib.pyplot as plt
+
     partial = Path(out).with_name(f".{Path(out).name}")
-    figure.savefig(partial, dpi=110, format=Path(out).suffix[1:] or "png")
+    try:
+        figure.savefig(partial, dpi=110, format=Path(out).suffix[1:] or "png")
+    except ValueError as error:  # no such kind of picture
+        raise OSError(errno.EINVAL, str(error)) from error
     os.replace(partial, out)
     plt.close(figure)
 
 
-def _draw(axis, rows, key: str, x: str, number: int, name: str, n_runs: int) -> bool:
+def _draw(axis, rows, key: str, x: str) -> bool:
     """One curve: training losses faint with their average on top, evaluations as dots. False if nothing was measured."""
     source, transform = DERIVED.get(key, (key, lambda value: value))
     points = [(row[x], row[source]) for row in rows if row.get(source) is not None]
@@ -272,23 +394,13 @@ def _draw(axis, rows, key: str, x: str, number: int, name: str, n_runs: int) -> 
         return False
     at, measured = [p[0] for p in points], [p[1] for p in points]
     values = [transform(value) for value in measured]
-    color, label = f"C{number}", name if n_runs > 1 else None
     if key in ("loss", "perplexity"):
-        axis.plot(at, values, color=color, alpha=0.25)
-        axis.plot(at, [transform(value) for value in ema(measured)], color=color, label=label or "training, smoothed")
+        axis.plot(at, values, color="C0", alpha=0.25)
+        axis.plot(at, [transform(value) for value in ema(measured)], color="C0", label="training, smoothed")
     elif key.startswith(("val_", "hellaswag")):
-        own = "black" if n_runs == 1 else color
-        axis.plot(
-            at,
-            values,
-            "o-",
-            color=own,
-            ms=3,
-            lw=1,
-            label=None if label else key.split("_")[0].replace("val", "validation"),
-        )
+        axis.plot(at, values, "o-", color="black", ms=3, lw=1, label=key.split("_")[0].replace("val", "validation"))
     else:
-        axis.plot(at, values, color=color, lw=1, label=label)
+        axis.plot(at, values, color="C0", lw=1)
     return True
 
 
@@ -296,22 +408,54 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _changed(paths: list[str]) -> list[float]:
+    """When the runs were last written to."""
+    files = [Path(path, "metrics.jsonl") if Path(path).is_dir() else Path(path) for path in paths]
+    return [file.stat().st_mtime for file in files if file.exists()]
+
+
 def main() -> None:
     """Command line: plot the runs given."""
     parser = ArgumentParser()
     parser.add_argument("run_dir", nargs="+", help="run directories (or metrics.jsonl files)")
     parser.add_argument("-o", "--output", help="picture to write [RUN_DIR/final_metrics.png, or runs.png for several]")
+    parser.add_argument("--x", choices=X_AXES, help="draw only losses, against this [tokens for several runs]")
+    parser.add_argument("--stats", action="store_true", help="draw stats.jsonl of one run")
+    parser.add_argument("--watch", action="store_true", help="draw again whenever there are new rows, until Ctrl-C")
     args = parser.parse_args()
-    runs = {str(path): read_metrics(path) for path in args.run_dir}
+    first, several = Path(args.run_dir[0]), len(args.run_dir) > 1
+    if args.stats and (several or args.x):
+        raise ValueError("--stats draws one run on its own; leave out --x and the other runs")
+    folder = first if first.is_dir() else first.parent
+    name = "stats.png" if args.stats else "final_metrics.png"
+    out = Path(args.output or ("runs.png" if several else folder / name))
+    x = args.x or ("tokens" if several else None)
+    seen = draw(args.run_dir, x, args.stats, out)
+    print(out)
+    while args.watch:
+        time.sleep(WATCH_S)
+        if _changed(args.run_dir) != seen:
+            seen = draw(args.run_dir, x, args.stats, out)
+
+
+def draw(paths: list[str], x: str | None, stats: bool, out: Path) -> list[float]:
+    """The picture that the command line asks for, and what compares runs as text; returns _changed() before it."""
+    seen = _changed(paths)
+    short = os.path.commonpath([os.path.dirname(os.path.normpath(path)) for path in paths])
+    runs = {os.path.relpath(path, short or "."): read_metrics(path) for path in paths}
     if empty := [name for name, rows in runs.items() if not rows]:
         raise ValueError(f"{empty[0]} has no rows yet; train for at least log_every steps")
-    folder = Path(args.run_dir[0]) if Path(args.run_dir[0]).is_dir() else Path(args.run_dir[0]).parent
-    out = Path(args.output or (folder / "final_metrics.png" if len(runs) == 1 else "runs.png"))
     try:
-        plot(runs, out)
-    except (OSError, ValueError) as error:  # no such folder, no such kind of picture
-        raise ValueError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
-    print(out)
+        if stats:
+            plot_stats(paths[0], out)
+        elif x:
+            plot_comparison(runs, x, out)
+            print(compare(runs, x))
+        else:
+            plot(*next(iter(runs.items())), out)
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror}") from error
+    return seen
 
 
 if __name__ == "__main__":

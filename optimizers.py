@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, _foreach_add_, _foreach_copy_, _foreach_lerp_, _foreach_mul_, nn  # type: ignore[attr-defined]
+from torch import Tensor, _foreach_add_, _foreach_copy_, _foreach_lerp_, _foreach_mul_, _foreach_norm, _foreach_sub_, nn  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
 ScheduleName = Literal["cosine", "linear", "wsd", "constant", "inv_sqrt"]
@@ -264,6 +264,48 @@ def swapped_in(average: Average | None) -> Iterator[None]:
     finally:
         if average:
             average.swap()
+
+
+class Statistics:
+    """Norms of every parameter, of its gradient (as clipped) and of its update, and how far successive gradients agree.
+
+    One row per `period` steps: {"step", "weight_norm": {name: value}, "grad_norm": ..., "update_norm": ...,
+    "grad_cosine": ...}. Such a step holds two more copies of the weights and waits for the device once.
+    """
+
+    def __init__(self, model: nn.Module, period: int, write: Callable[[dict[str, Any]], None]):
+        self.named, self.period, self.write = dict(model.named_parameters()), period, write
+        self.gradients: list[Tensor] = []  # of the step before
+
+    @contextlib.contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        """Around the optimizer's part of step `step` (1-based)."""
+        due, due_next = step % self.period == 0, (step + 1) % self.period == 0
+        weights = list(self.named.values())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights] if due or due_next else []
+        before = [p.detach().clone() for p in weights] if due else []
+        yield
+        if due:
+            _foreach_sub_(before, weights := [p.detach() for p in weights])
+            columns = {"weight_norm": _norms(weights), "grad_norm": _norms(gradients), "update_norm": _norms(before)}
+            if self.gradients:
+                dots = torch.stack([(a * b).sum() for a, b in zip(gradients, self.gradients, strict=True)])
+                columns["grad_cosine"] = dots / (columns["grad_norm"] * _norms(self.gradients)).clamp_min(1e-30)
+            values = torch.stack([_whole(column) for column in columns.values()]).tolist()
+            rows = {
+                key: dict(zip(self.named, column, strict=True)) for key, column in zip(columns, values, strict=True)
+            }
+            self.write({"step": step, **rows})
+        self.gradients = [g.clone() for g in gradients] if due_next else []
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(_foreach_norm(tensors))
+
+
+def _whole(value: Any) -> Tensor:
+    """A sharded tensor's full value."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:

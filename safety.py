@@ -77,8 +77,8 @@ class Guard:
         bad = ~torch.isfinite(pair).all()
         if self.skip_spikes:
             bad = bad | ((self.good >= SPIKE_WINDOW // 2) & self._is_spike(pair))
-        slot = self.good % SPIKE_WINDOW
-        self.window[:, slot] = torch.where(bad, self.window[:, slot], pair)
+        slot = torch.arange(SPIKE_WINDOW, device=pair.device) == self.good % SPIKE_WINDOW  # [window]
+        self.window = torch.where(slot & ~bad, pair[:, None], self.window)  # window[:, good] would wait for the device
         self.good += (~bad).long()
         self.skipped += bad.long()
         self.in_a_row = torch.where(bad, self.in_a_row + 1, torch.zeros_like(self.in_a_row))

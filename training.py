@@ -11,6 +11,8 @@ checkpoint_step_<N>.pt, final_metrics.json, final_metrics.png}. The same command
 """
 
 import contextlib
+import gc
+import importlib.util
 import json
 import math
 import os
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +45,17 @@ import metrics
 import safety
 from distributed import Dist
 from model import ModelConfig, Transformer, generate
-from optimizers import Average, OptimConfig, apply, build_optimizer, clip_gradients, lr_at, set_lr, swapped_in
+from optimizers import (
+    Average,
+    OptimConfig,
+    Statistics,
+    apply,
+    build_optimizer,
+    clip_gradients,
+    lr_at,
+    set_lr,
+    swapped_in,
+)
 from shards import DataConfig, Dataset, Tokenizer, TokenLoader, load_tokenizer, validation_batches
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = "The", 200  # the text sampled during training
@@ -70,6 +83,7 @@ class TrainConfig:
     keep_every: int | None = None  # of these keep only multiples of so many steps, and the last; none = all
     save_interval: float | None = 900.0  # seconds (15m) between temporary checkpoints; none = no temporary ones
     sample_every: int = 1000  # steps between samples of generated text, 0 = only at the end
+    stats_every: int = 0  # steps between rows of stats.jsonl: norms of each weight, gradient, update; 0 = none
     hellaswag: str | None = "data/hellaswag_val.jsonl"  # items scored at each checkpoint; none = never
     time_limit: float | None = None  # seconds (3h50m) after which to save and leave with exit code 75
     kill_switch: str | None = None  # file that stops the run while it exists: save and leave with exit code 0
@@ -84,6 +98,7 @@ class TrainConfig:
     parallel: distributed.Strategy = "ddp"  # how several processes share the work
     objective: Literal["ar"] = "ar"  # autoregressive: predict the next token
     eval_only: str | None = None  # checkpoint to validate on the sources, then leave; no training
+    tracker: Literal["wandb", "tensorboard", "trackio"] | None = None  # where rows go beside metrics.jsonl
     dry_run: bool = False  # print the plan and leave
     dollars_per_gpu_hour: float = 2.0  # for the plan's cost
 
@@ -91,7 +106,7 @@ class TrainConfig:
         for name in ("max_tokens", "batch_tokens", "batch_size", "eval_tokens"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("log_every", "eval_every", "checkpoint_every", "sample_every", "seed"):
+        for name in ("log_every", "eval_every", "checkpoint_every", "sample_every", "stats_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("max_steps", "epochs", "keep_every", "save_interval", "time_limit", "timeout"):
@@ -99,6 +114,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 < self.activation_memory_budget <= 1:
             raise ValueError(f"activation_memory_budget must be in (0, 1], got {self.activation_memory_budget}")
+        if self.tracker and not importlib.util.find_spec(self.tracker):
+            raise ValueError(
+                f"--tracker={self.tracker} needs that package: pip install {self.tracker}, or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -157,16 +176,41 @@ def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
         f"batch      {cfg.train.batch_tokens:,} tokens = {plan.batch_size} sequences x {cfg.model.seq_len} tokens x "
         f"{plan.micro_steps} micro-steps x {dist.world_size} processes",
         f"run        {plan.steps:,} steps, {tokens:,} tokens ({tokens / plan.params:.1f} per parameter), {flops:.3g} FLOP",
-        f"memory     {16 * plan.params / 1e9:.2f} GB per process for weights, gradients and AdamW, plus activations",
+        f"memory     {expected_memory_gb(plan, cfg, dist):.1f} GB per process",
         f"disk       {saves} checkpoints of {12 * plan.params / 1e9:.2f} GB in {cfg.train.run_dir}",
     ]
-    if peak := metrics.peak_flops(device_name(dist.device)):
-        hours = flops / (peak * ASSUMED_MFU * dist.world_size) / 3600
+    if speed := expected_tokens_per_s(plan, dist):
+        hours = tokens / speed / 3600
         dollars = hours * dist.world_size * cfg.train.dollars_per_gpu_hour
-        lines.append(f"time       {hours:.1f} h, ${dollars:,.0f} on {on} at an assumed {ASSUMED_MFU:.0%} MFU")
+        lines.append(
+            f"time       {hours:.1f} h, ${dollars:,.0f} on {on}: {speed:,.0f} tokens/s at an assumed {ASSUMED_MFU:.0%} MFU"
+        )
     else:
         lines.append(f"time       not known in advance on {on}; the log shows an ETA")
     return "\n".join(lines)
+
+
+def expected_tokens_per_s(plan: Plan, dist: Dist) -> float | None:
+    """Of all GPUs together, from their data sheet; None for a device without an entry in metrics.PEAK_FLOPS."""
+    peak = metrics.peak_flops(device_name(dist.device))
+    return peak * ASSUMED_MFU * dist.world_size / plan.flops_per_token if peak else None
+
+
+def expected_memory_gb(plan: Plan, cfg: Config, dist: Dist) -> float:
+    """Weights, gradients, optimizer and one micro-step's activations of one process, GB.
+
+    Counted in what the backward pass of bf16 training keeps (fp32 residual stream; norms, heads and SwiGLU in bf16):
+    compiled bytes per token and layer 14 D + 4 (N + K) H + 6 F, half as many again without the compiler.
+    """
+    shape, compiled = cfg.model, uses_compiler(cfg, dist.device)
+    assert shape.n_kv_heads and shape.head_dim and shape.ffn_dim and shape.vocab_size
+    state = {"sgd": 4, "lion": 4, "muon": 4}.get(cfg.optim.optimizer, 8) + (4 if cfg.optim.ema else 0)
+    layer = 14 * shape.dim + 4 * (shape.n_heads + shape.n_kv_heads) * shape.head_dim + 6 * shape.ffn_dim
+    layer *= cfg.train.activation_memory_budget if compiled else 1.5
+    head = 6 * shape.vocab_size if compiled else 0  # the eager loss makes a chunk of the logits at a time
+    per_token = (shape.n_layers * layer + head) * (1 if uses_bf16(cfg, dist.device) else 1.7)
+    libraries = 0.4e9 if dist.device.type == "cpu" else 0  # of the process, before anything is built
+    return (libraries + (8 + 2 + state) * plan.params + per_token * plan.batch_size * shape.seq_len) / 1e9
 
 
 def main(cfg: Config) -> None:
@@ -217,6 +261,11 @@ def train(cfg: Config, dist: Dist) -> str | None:
     guard = safety.Guard(dist.device, cfg.train.skip_spikes)
     step, tokens, elapsed_s = start(state, cfg, raw_model, optimizer, guard, log)
     average = Average(raw_model, cfg.optim.ema, state) if cfg.optim.ema else None
+    stats = (
+        Statistics(raw_model, cfg.train.stats_every, partial(log.append, "stats.jsonl"))
+        if cfg.train.stats_every
+        else None
+    )
     del state  # its pages of the checkpoint file
     write_config(cfg, dist)
     tokenizer = tokenizer_if_there(loader, log)
@@ -230,13 +279,19 @@ def train(cfg: Config, dist: Dist) -> str | None:
     writer = checkpoint.Writer(cfg.train.run_dir, log.say, cfg.train.keep_every)
     watch, first_step = Stopwatch(dist.device, tokens, elapsed_s, cfg.train.save_interval), step
     log.line(describe(plan, cfg, dist))
+    if cfg.train.tracker and dist.is_main:
+        import trackers
+
+        log.tracker = trackers.open_tracker(cfg.train.tracker, cfg.train.run_dir, config.to_dict(cfg), step)
     log.begin(step)
+    gc.collect()
+    gc.freeze()  # what lives as long as the run is not looked through again and again
     with safety.Stop(cfg.train.time_limit, cfg.train.kill_switch) as stop:
         while True:
             last, reason = step >= plan.steps, stop.agreed()
             permanent = last or every(step, cfg.train.checkpoint_every)
             if step > first_step and (permanent or reason or watch.save_is_due()):
-                with watch.paused():  # before evaluating: what fails there must not cost the weights
+                with watch.paused("saving"):  # before evaluating: what fails there must not cost the weights
                     facts = {"tokens": tokens, "loader": loader.state_dict(), "tokenizer": loader.tokenizer}
                     facts |= {"config": config.to_dict(cfg), "guard": guard.state_dict()}
                     facts |= {"metrics": {"elapsed_s": watch.elapsed_s()}, **(average.state_dict() if average else {})}
@@ -245,19 +300,20 @@ def train(cfg: Config, dist: Dist) -> str | None:
             if reason and not last:
                 break
             if last or every(step, cfg.train.eval_every):
-                with watch.paused(), swapped_in(average):
+                with watch.paused("validation"), swapped_in(average):
                     log.report(step, tokens, **validate(raw_model, tokenizer, cfg, dist, plan.batch_size))
             if last or (step and every(step, cfg.train.checkpoint_every)):
-                with watch.paused(), swapped_in(average):
+                with watch.paused("HellaSwag"), swapped_in(average):
                     log.report(step, tokens, **hellaswag(raw_model, tokenizer, cfg, dist, log))
             if last or (step and every(step, cfg.train.sample_every)):
-                with watch.paused(), swapped_in(average):
+                with watch.paused("sampling"), swapped_in(average):
                     log.line(sample_text(raw_model, tokenizer, dist))
             if last:
                 break
             lr = lr_at(step, plan.steps, cfg.optim)
             set_lr(optimizer, lr)
-            loss, grad_norm = train_step(model, optimizer, guard, loader, plan.micro_steps, cfg, dist)
+            watched = stats.around(step + 1) if stats else contextlib.nullcontext()
+            loss, grad_norm = train_step(model, optimizer, guard, loader, plan.micro_steps, cfg, dist, watched)
             if average:
                 average.update()
             step, tokens = step + 1, tokens + cfg.train.batch_tokens
@@ -267,6 +323,7 @@ def train(cfg: Config, dist: Dist) -> str | None:
                 values["tokens_per_s"] = speed = watch.lap(tokens)
                 values["mfu"] = metrics.mfu(plan.flops_per_token, speed, device_name(dist.device), dist.world_size)
                 values["skipped_steps"] = guard.new_skips() or None
+                values |= {"flops": plan.flops_per_token * tokens, "elapsed_s": round(watch.elapsed_s(), 1)}
                 log.report(step, tokens, **values, memory_gb=metrics.peak_memory_gb())
                 if guard.hopeless():
                     raise config.Failure(bad_numbers(step, loader.where()))
@@ -275,7 +332,7 @@ def train(cfg: Config, dist: Dist) -> str | None:
     if writer.failed and (last or reason):
         raise config.Failure(f"the last checkpoint is missing: {writer.failed}")
     if last:
-        finish(cfg, plan, dist, log)
+        finish(cfg, plan, dist, log, watch)
         return None
     log.end()
     log.line(f"stopped by {reason} at step {step:,} of {plan.steps:,}; the same command goes on from here")
@@ -293,7 +350,7 @@ def bad_numbers(step: int, where: str) -> str:
 
 def compile_model(model: Transformer, cfg: Config, dist: Dist) -> None:
     """torch.compile in place, where it is wanted; a smaller budget of activations computes some of them twice."""
-    if cfg.train.compile if cfg.train.compile is not None else dist.device.type == "cuda":
+    if uses_compiler(cfg, dist.device):
         functorch.activation_memory_budget = cfg.train.activation_memory_budget
         model.compile(dynamic=False)
     elif cfg.train.activation_memory_budget < 1:
@@ -349,6 +406,7 @@ def train_step(
     micro_steps: int,
     cfg: Config,
     dist: Dist,
+    watched: contextlib.AbstractContextManager,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step. Returns the mean loss of all ranks and the gradient's norm, as tensors on the device."""
     loss_sum = torch.zeros((), device=dist.device)
@@ -361,7 +419,8 @@ def train_step(
         loss_sum += loss.detach()
     loss = distributed.mean(loss_sum / micro_steps)
     grad_norm = clip_gradients(model, cfg.optim.grad_clip)
-    apply(optimizer, guard.judge(loss, grad_norm))
+    with watched:
+        apply(optimizer, guard.judge(loss, grad_norm))
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
 
@@ -587,13 +646,28 @@ def finished(cfg: Config, plan: Plan, state: dict[str, Any]) -> bool:
     return there and state["path"] == checkpoint.path_of(cfg.train.run_dir, plan.steps)
 
 
-def finish(cfg: Config, plan: Plan, dist: Dist, log: metrics.MetricsLog) -> None:
-    """Write final_metrics.json and .png, and say where everything lies."""
+def finish(cfg: Config, plan: Plan, dist: Dist, log: metrics.MetricsLog, watch: "Stopwatch") -> None:
+    """Write final_metrics.json and .png, say how the plan came out and where everything lies."""
     log.end()
     if dist.is_main:
         facts = {"parameters": plan.params, "device": device_name(dist.device), "n_devices": dist.world_size}
-        metrics.write_summary(cfg.train.run_dir, **facts, torch=str(torch.__version__))
-        log.line(outcome(cfg))
+        facts |= {"planned_memory_gb": expected_memory_gb(plan, cfg, dist), "seconds": watch.seconds()}
+        facts["planned_tokens_per_s"] = expected_tokens_per_s(plan, dist)
+        summary = metrics.write_summary(cfg.train.run_dir, **facts, torch=str(torch.__version__))
+        log.line("\n".join([checked(summary), outcome(cfg)]))
+
+
+def checked(summary: dict[str, Any]) -> str:
+    """What the plan said beside what was measured; where this process's time went."""
+    total = sum(summary["seconds"].values())
+    shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in summary["seconds"].items())
+    planned, speed = summary["planned_tokens_per_s"], summary.get("median_tokens_per_s")
+    lines = [f"time       {metrics.duration(total)}: {shares}"]
+    if planned and speed:
+        lines.append(f"speed      {speed:,.0f} tokens/s, {speed / planned:.0%} of the plan's {planned:,.0f}")
+    if "memory_gb" in summary:
+        lines.append(f"memory     {summary['memory_gb']:.1f} GB at most, planned {summary['planned_memory_gb']:.1f} GB")
+    return "\n".join(lines)
 
 
 def outcome(cfg: Config) -> str:
@@ -617,16 +691,24 @@ class Stopwatch:
     def __init__(self, device: torch.device, tokens: int, elapsed_s: float, save_interval: float | None):
         self.device, self.tokens, self.save_interval = device, tokens, save_interval
         self.since = self.saved = time.monotonic()  # a wall clock may jump
-        self.started = self.since - elapsed_s
+        self.began, self.started = self.since, self.since - elapsed_s
+        self.aside: dict[str, float] = {}  # seconds by what they went to
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self, name: str):
         """Evaluation and checkpoints are not training; what the GPU has yet to do of it is."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         began = time.monotonic()
         yield
-        self.since += time.monotonic() - began
+        seconds = time.monotonic() - began
+        self.since += seconds
+        self.aside[name] = self.aside.get(name, 0.0) + seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Where the time of this process went, after its start."""
+        total = time.monotonic() - self.began
+        return {"training": total - sum(self.aside.values()), **self.aside}
 
     def lap(self, tokens: int) -> float:
         """Tokens per second since the last lap."""
@@ -651,6 +733,11 @@ class Stopwatch:
 def every(step: int, period: int) -> bool:
     """True at multiples of `period`; a period of 0 means never."""
     return period > 0 and step % period == 0
+
+
+def uses_compiler(cfg: Config, device: torch.device) -> bool:
+    """Unless told otherwise: on a GPU."""
+    return device.type == "cuda" if cfg.train.compile is None else cfg.train.compile
 
 
 def uses_bf16(cfg: Config, device: torch.device) -> bool:

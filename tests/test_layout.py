@@ -14,6 +14,7 @@ IMPORTS = {
     "model": set(),
     "distributed": set(),
     "optimizers": set(),
+    "trackers": set(),
     "metrics": {"config"},
     "diffusion": {"model"},
     "shards": {"config"},
@@ -27,11 +28,21 @@ IMPORTS["training"] = IMPORTS.keys() - {"chat", "data_pipeline"}
 EXTRAS = ("convert_hf", "eval_lm_harness", "scaling_laws", "benchmark")  # import anything above, imported by nothing
 IMPORTS |= {name: set(IMPORTS) for name in EXTRAS}
 IMPORTS["benchmark"].add("convert_hf")  # measures transformers with the same weights
-LAZY = {"diffusion"}  # imported inside the branch that needs it
+LAZY = {"diffusion", "trackers"}  # imported inside the branch that needs it
 
 REQUIREMENTS = {"torch", "numpy", "tiktoken", "datasets", "huggingface-hub", "tqdm", "matplotlib"}
 AT_THE_TOP = {"torch", "numpy", "tiktoken", "tqdm"}  # the others only inside the function that needs them
-OPTIONAL = {"transformers", "safetensors", "lm_eval", "wandb", "tensorboard", "tokenizers", "gigatoken", "isal"}
+OPTIONAL = {
+    "transformers",
+    "safetensors",
+    "lm_eval",
+    "wandb",
+    "tensorboard",
+    "trackio",
+    "tokenizers",
+    "gigatoken",
+    "isal",
+}
 INDIRECT = {"requests": "tiktoken", "pyarrow": "datasets", "fsspec": "datasets"}  # comes with
 
 FILES = sorted(path for path in ROOT.glob("*.py"))

@@ -2,13 +2,27 @@
 
 import json
 import math
+import os
 
 import pytest
 from conftest import ROOT
 
 import metrics
 from config import run
-from metrics import MetricsLog, ema, mfu, peak_flops, plot, read_metrics, summarize, write_summary
+from metrics import (
+    MetricsLog,
+    compare,
+    ema,
+    mfu,
+    peak_flops,
+    plot,
+    plot_comparison,
+    plot_stats,
+    reached,
+    read_metrics,
+    summarize,
+    write_summary,
+)
 
 
 def rows(n: int = 40, **more) -> list[dict]:
@@ -218,14 +232,14 @@ def titles(monkeypatch):
 
 
 def test_nine_panels_are_drawn(tmp_path, titles):
-    plot({"run": full()}, tmp_path / "p.png")
+    plot("run", full(), tmp_path / "p.png")
     assert is_png(tmp_path / "p.png") and [p.name for p in tmp_path.iterdir()] == ["p.png"]
     assert len(titles) == 9 and all(curves and not text for curves, text in titles.values())
     assert titles["Loss"][0] == 3, "loss, its average, validation"
 
 
 def test_what_was_not_measured_says_so(tmp_path, titles):
-    plot({"run": rows()}, tmp_path / "p.png")
+    plot("run", rows(), tmp_path / "p.png")
     assert is_png(tmp_path / "p.png")
     assert {title for title, (_, text) in titles.items() if text == "not measured"} == {
         "Model FLOPs utilisation",
@@ -234,14 +248,52 @@ def test_what_was_not_measured_says_so(tmp_path, titles):
     }
 
 
-def test_several_runs_share_the_panels(tmp_path, titles):
-    plot({"a": full(), "b": rows(20), "c": full(30)}, tmp_path / "p.png")
-    assert is_png(tmp_path / "p.png") and titles["Learning rate"][0] == 3
+def test_losses_of_several_runs_are_compared_on_logarithmic_axes(tmp_path, titles):
+    plot_comparison({"a": full(), "b": rows(20), "c": full(30)}, "tokens", tmp_path / "p.png")
+    assert is_png(tmp_path / "p.png")
+    assert {title: curves for title, (curves, _) in titles.items()} == {
+        "Training loss, smoothed": 3,
+        "Validation loss": 3,
+    }
+
+
+def timed(losses: list[float]) -> list[dict]:
+    """A run evaluated every 10 steps of 100 tokens; step, tokens, FLOPs and time grow by different amounts."""
+    log = []
+    for i, loss in enumerate(losses, 1):
+        log.append({"step": 10 * i, "tokens": 1000 * i, "loss": loss, "flops": 6e6 * i, "elapsed_s": 1800.0 * i * i})
+        log.append({"step": 10 * i, "tokens": 1000 * i, "val_loss": loss})
+    return log
+
+
+@pytest.mark.parametrize(("x", "at"), [("step", 25), ("tokens", 2500), ("flops", 15e6), ("hours", 3.25)])
+def test_where_a_loss_is_reached_lies_between_two_evaluations(x, at):
+    assert reached(timed([5.0, 4.0, 3.0]), 3.5, x) == pytest.approx(at)
+    assert reached(timed([5.0, 4.0, 3.0]), 2.9, x) is None
+
+
+def test_a_comparison_says_how_much_sooner_a_run_reaches_the_loss_of_the_first():
+    table = compare({"slow": timed([5.0, 4.0, 3.5, 3.2]), "fast": timed([4.0, 3.2, 3.0, 2.9])}, "tokens").splitlines()
+    assert "(1.00x)" in table[1] and "2000 tokens (0.50x)" in table[2], table
+
+
+def test_a_run_that_does_not_say_its_hours_is_named(tmp_path):
+    with pytest.raises(ValueError, match="do not say their hours"):
+        plot_comparison({"a": rows(5)}, "hours", tmp_path / "p.png")
+
+
+def test_the_statistics_of_weights_are_drawn_as_four_maps(tmp_path, titles):
+    names = {"embed_tokens.weight": 1.0, "norm.weight": 2.0}
+    stats = {"weight_norm": names, "grad_norm": names, "update_norm": names, "grad_cosine": names}
+    lines = [{"step": 5, **stats, "grad_cosine": {}}, {"step": 10, **stats}]
+    (tmp_path / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_stats(tmp_path, tmp_path / "p.png")
+    assert is_png(tmp_path / "p.png") and len([title for title in titles if title]) == 4
 
 
 @pytest.mark.parametrize("log", [[], [{"step": 1, "tokens": 1, "loss": None}], rows(1), rows(2, val_loss=1e9)])
 def test_short_and_diverged_runs_are_drawn(log, tmp_path):
-    plot({"run": log}, tmp_path / "p.png")
+    plot("run", log, tmp_path / "p.png")
     assert is_png(tmp_path / "p.png")
 
 
@@ -265,9 +317,26 @@ def command(monkeypatch, *argv) -> None:
 def test_the_command_draws_one_run_or_several(tmp_path, monkeypatch, capsys):
     a, b = write_rows(tmp_path / "a", full()), write_rows(tmp_path / "b", rows())
     command(monkeypatch, a)
+    assert capsys.readouterr().out == f"{a / 'final_metrics.png'}\n" and is_png(a / "final_metrics.png")
     command(monkeypatch, a, b / "metrics.jsonl", "-o", tmp_path / "both.png")
-    assert capsys.readouterr().out.split() == [str(a / "final_metrics.png"), str(tmp_path / "both.png")]
-    assert is_png(a / "final_metrics.png") and is_png(tmp_path / "both.png")
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "both.png") and is_png(tmp_path / "both.png")
+
+
+def test_watching_draws_again_when_there_are_new_rows(tmp_path, monkeypatch):
+    run_dir, pictures = write_rows(tmp_path / "run", rows(5)), []
+
+    def wait(seconds):
+        pictures.append((run_dir / "final_metrics.png").stat().st_mtime_ns)
+        if len(pictures) == 4:
+            raise KeyboardInterrupt
+        if len(pictures) == 2:
+            write_rows(run_dir, rows(9))
+            os.utime(run_dir / "metrics.jsonl", (0, 0))
+
+    monkeypatch.setattr("time.sleep", wait)
+    with pytest.raises(SystemExit):  # Ctrl-C
+        command(monkeypatch, run_dir, "--watch")
+    assert pictures[0] == pictures[1] != pictures[2] == pictures[3]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from optimizers import (
     SCHEDULES,
     Average,
     OptimConfig,
+    Statistics,
     apply,
     build_optimizer,
     clip_gradients,
@@ -265,3 +266,42 @@ def test_clipping_scales_the_whole_gradient_and_tells_its_norm_before(max_norm, 
     factor = 0.5 / norm if max_norm == 0.5 else 1.0
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, before[name] * factor, atol=1e-6, rtol=1e-4)
+
+
+# ---- Statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_the_norms_and_cosines_they_are_called():
+    model, rows = tiny_model(scale=1.0), []
+    optimizer = build_optimizer(model, OptimConfig(max_lr=1e-2))
+    stats = Statistics(model, period=2, write=rows.append)
+    history = []
+    for step in range(1, 5):
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with stats.around(step):
+            optimizer.step()
+        history.append({name: (before[name], p.detach().clone(), p.grad) for name, p in model.named_parameters()})
+    assert [row["step"] for row in rows] == [2, 4]
+    for row in rows:
+        now, earlier = history[row["step"] - 1], history[row["step"] - 2]
+        for name, (before, after, grad) in now.items():
+            assert row["weight_norm"][name] == pytest.approx(after.norm().item(), rel=1e-5)
+            assert row["grad_norm"][name] == pytest.approx(grad.norm().item(), rel=1e-5)
+            assert row["update_norm"][name] == pytest.approx((after - before).norm().item(), rel=1e-4)
+            cosine = torch.cosine_similarity(grad.flatten(), earlier[name][2].flatten(), dim=0)
+            assert row["grad_cosine"][name] == pytest.approx(cosine.item(), abs=1e-5)
+
+
+def test_statistics_of_every_step_have_no_cosine_in_the_first():
+    model, rows = tiny_model(), []
+    stats = Statistics(model, period=1, write=rows.append)
+    for step in 1, 2:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with stats.around(step):
+            pass
+    assert "grad_cosine" not in rows[0] and list(rows[1]["grad_cosine"].values()) == pytest.approx([1.0] * 20)
+    assert set(rows[1]["update_norm"].values()) == {0.0}

@@ -1,5 +1,6 @@
 """The loop: what a run writes, and that batching, processes, interruptions and compilation do not change it."""
 
+import contextlib
 import json
 import math
 import os
@@ -97,7 +98,8 @@ def test_a_run_learns_and_leaves_what_the_readme_lists(undisturbed):
 def test_rows_carry_the_documented_names(undisturbed):
     rows = metrics.read_metrics(undisturbed)
     train = next(row for row in rows if "loss" in row)
-    assert set(train) == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "memory_gb"}  # mfu: GPUs only
+    common = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "memory_gb", "flops", "elapsed_s"}
+    assert set(train) == common  # mfu: GPUs only
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 3, 6]
     assert all({"val_loss", "val_bpb"} <= set(row) for row in rows if "val_loss" in row)
 
@@ -323,3 +325,96 @@ def test_the_largest_micro_batch_that_fits_is_found_by_trying(monkeypatch):
     fits = training.largest_that_fits(torch.nn.Linear(1, 1), cfg, plan, gpu)  # type: ignore[arg-type]
     assert (tried, fits) == ([80, 64, 40, 32, 20], 20)
     assert training.make_plan(cfg, 2, fits=fits).micro_steps == 16
+
+
+@pytest.mark.parametrize("options", [[], ["--qk_norm", "--z_loss=1e-4", "--dtype=bf16"]])
+def test_the_compiled_step_is_one_graph(options):
+    """What breaks a graph costs a launch and hides work from the compiler."""
+    cfg = parse_config(training.Config, [*TINY, "--vocab_size=97", *options])
+    model, tokens = training.Transformer(cfg.model), torch.zeros(2, 32, dtype=torch.long)
+    with training.autocast(cfg, torch.device("cpu")):
+        explained = torch._dynamo.explain(model)(tokens, tokens, z_loss=cfg.optim.z_loss)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adam", "sgd"])
+def test_between_log_lines_nothing_waits_for_the_device(name, data):
+    """Every .item() of a step stops the GPU until the host has caught up; only log lines may."""
+    options = [f"--optimizer={name}", "--ema=0.9", "--skip_spikes", "--vocab_size=257", "--min_lr=0"]
+    cfg = parse_config(training.Config, [*TINY, *options])
+    dist, model = training.Dist(), training.Transformer(cfg.model)
+    optimizer, average = training.build_optimizer(model, cfg.optim), training.Average(model, 0.9)
+    guard = training.safety.Guard(dist.device, cfg.train.skip_spikes)
+    loader = shards.TokenLoader({str(data): 1.0}, seq_len=32, batch_size=4, batch_sequences=8)
+    with Waits() as waits:
+        for step in range(3):
+            training.set_lr(optimizer, training.lr_at(step, 3, cfg.optim))
+            loss, _ = training.train_step(model, optimizer, guard, loader, 2, cfg, dist, contextlib.nullcontext())
+            average.update()
+        assert waits.count == 0
+        loss.item()
+    loader.close()
+    assert waits.count == 1, "the count counts"
+
+
+class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the reads of a tensor's value by the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_statistics_are_written_and_rewound_with_the_log(undisturbed, data, tmp_path):
+    run(data, tmp_path / "a", "--stats_every=2")
+    assert losses(tmp_path / "a") == losses(undisturbed), "watching changes nothing"
+    whole = (tmp_path / "a" / "stats.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in whole.splitlines()] == [2, 4, 6]
+    for name in ("checkpoint_step_6.pt", "final_metrics.json"):
+        (tmp_path / "a" / name).unlink()
+    run(data, tmp_path / "a", "--stats_every=2")
+    assert (tmp_path / "a" / "stats.jsonl").read_text() == whole
+
+
+def test_the_log_says_where_the_time_went_and_how_the_plan_came_out(undisturbed):
+    text, summary = (
+        (undisturbed / "train.log").read_text(),
+        json.loads((undisturbed / "final_metrics.json").read_text()),
+    )
+    assert set(summary["seconds"]) == {"training", "validation", "saving", "HellaSwag", "sampling"}
+    assert "training" in text and "validation" in text and f"planned {summary['planned_memory_gb']:.1f} GB" in text
+    last = [row for row in metrics.read_metrics(undisturbed) if "loss" in row][-1]
+    assert last["flops"] == last["tokens"] * training.make_plan(config_of(undisturbed), 1).flops_per_token
+    assert 0 < last["elapsed_s"] < 600
+
+
+def config_of(run_dir: Path) -> training.Config:
+    return parse_config(training.Config, [str(run_dir / "config.json")])
+
+
+def test_the_expected_memory_is_what_the_compiled_model_keeps():
+    """Bytes saved for the backward pass, counted, beside the plan's formula."""
+    cfg = parse_config(training.Config, [*TINY, "--vocab_size=1024", "--dim=64", "--dtype=bf16", "--compile"])
+    small, large = (kept_bytes(cfg, batch) for batch in (2, 6))
+    plan = training.make_plan(cfg, 1)
+    planned = [1e9 * training.expected_memory_gb(replace(plan, batch_size=b), cfg, training.Dist()) for b in (2, 6)]
+    assert large - small == pytest.approx(planned[1] - planned[0], rel=0.5)
+
+
+def kept_bytes(cfg: training.Config, batch: int) -> int:
+    torch.compiler.reset()
+    model, kept = training.Transformer(cfg.model), {}
+    own = {tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.compile(dynamic=False, backend="aot_eager_decomp_partition")  # keeps what the default keeps, builds no kernels
+    tokens = torch.zeros(batch, cfg.model.seq_len, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), training.autocast(cfg, torch.device("cpu")):
+        model(tokens, tokens)
+    return sum(kept.values())
