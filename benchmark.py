@@ -286,7 +286,7 @@ def hellaswag_benchmark(data: str, n_items: int, rounds: int, peers: str | None,
     from model import ModelConfig, Transformer
 
     torch.manual_seed(0)
-    shape = ModelConfig(dim=512, n_layers=6, n_heads=8, ffn_dim=1792, vocab_size=50257)
+    shape = ModelConfig(dim=512, n_layers=6, n_heads=8, ffn_dim=1792, vocab_size=50257, qk_norm=False)
     model, tokenizer = Transformer(shape).eval(), load_tokenizer("gpt2")
     items = eval_hellaswag.load_items(data, n_items)
     ways: dict[str, Callable[[], list[float]]] = {

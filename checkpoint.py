@@ -339,6 +339,7 @@ def _from_seed(state: dict[str, Any], path: Path) -> dict[str, Any]:
     vocab_size, dim = old["embeddings.weight"].shape
     config = {
         "dim": dim,
+        "qk_norm": False,
         "n_layers": 1 + max(int(m[1]) for name in old if (m := re.match(r"layers\.(\d+)\.", name))),
         "n_heads": shape["n_heads"],
         "n_kv_heads": shape.get("n_kv_heads", shape["n_heads"]),

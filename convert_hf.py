@@ -248,7 +248,8 @@ def write_card(folder: Path, model: Transformer, meta: Mapping[str, Any]) -> Non
     if sources := config.get("data", {}).get("sources"):
         facts["data"] = ", ".join(f"{Path(name).name} ({weight:g})" for name, weight in sources.items())
     if optim := config.get("optim"):
-        facts["optimizer"] = f"{optim['optimizer']}, max_lr {optim['max_lr']:g}, {optim['schedule']}"
+        rate = "" if optim["max_lr"] is None else f"max_lr {optim['max_lr']:g}, "
+        facts["optimizer"] = f"{optim['optimizer']}, {rate}{optim['schedule']}"
     if summary.exists():
         numbers = json.loads(summary.read_text(encoding="utf-8"))
         if numbers.get("step") == meta["step"]:  # of this checkpoint, not of a later one

@@ -4,7 +4,7 @@ A Llama-shaped decoder: RMSNorm, rotary positions (half-split, as Hugging Face),
 key/value heads, QK-norm (Qwen3) and bidirectional attention (masked diffusion). Parameter names are Hugging Face's,
 so exporting is a rename. Copy this file into another project: it needs torch alone.
 
-    model = Transformer(ModelConfig(vocab_size=50257))      # 416,417,792 parameters
+    model = Transformer(ModelConfig(vocab_size=50257))      # 416,420,864 parameters
     logits = model(tokens)                                  # [B, T] -> [B, T, V]
     loss = model(tokens, targets)                           # mean cross entropy, nats per token
     for token in generate(model, prompt, 100): ...          # prompt: list of ints
@@ -45,7 +45,7 @@ class ModelConfig:
     rope_scaling: dict[str, float] | None = None  # Llama 3's stretch of slow frequencies, for imported models
     norm_eps: float = 1e-6  # what RMSNorm adds to the mean square
     tie_embeddings: bool = True  # output head shares the embedding's weights
-    qk_norm: bool = False  # RMSNorm on queries and keys (Qwen3); steadier at high learning rates
+    qk_norm: bool = True  # RMSNorm on queries and keys (Qwen3), steadier at high learning rates; false = Llama
     causal: bool = True  # false = every token sees every token (masked diffusion)
 
     def __post_init__(self):
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, K, T, H]
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, K, T, H]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = norm_heads(q, self.q_norm), norm_heads(k, self.k_norm)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # [B, K, S + T, H]
@@ -120,6 +120,11 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.n_kv_heads != self.n_heads
         )
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """[..., H] normalised in the dtype of x: an fp32 gain under autocast would take the slow way, and queries to fp32."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.eps)
 
 
 class SwiGLU(nn.Module):

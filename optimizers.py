@@ -24,11 +24,7 @@ Groups = list[dict[str, Any]]
 Spread = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # work on a batch, shared by all ranks
 WSD_DECAY_FRAC = 0.2  # the last fifth of a warm-up, stable, decay schedule (arXiv:2405.18392 finds 10-20% enough)
 MUON_MOMENTUM = 0.95
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # x -> ax + bx^3 + cx^5 five times takes (0, 1] to about [0.7, 1.2] (K. Jordan, 2024)
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # x -> ax + bx^3 + cx^5, five times: (0, 1] to [0.7, 1.2] (K. Jordan, 2024)
 NEWTON_SCHULZ_STEPS = 5
 
 
@@ -36,11 +32,11 @@ NEWTON_SCHULZ_STEPS = 5
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
-    optimizer: str = "adamw"  # update rule: adamw, muon, lion, adam, nadam, rmsprop or sgd
-    max_lr: float = 3e-4  # peak learning rate; muon's updates have the size of adamw's, so it suits both
+    optimizer: str = "muon"  # update rule: muon, adamw, lion, adam, nadam, rmsprop or sgd
+    max_lr: float | None = None  # peak learning rate; none = the optimizer's own, 3e-3 for muon and 3e-4 for adamw
     embed_lr: float | None = None  # peak learning rate of embedding and head; none = max_lr
-    min_lr: float | None = None  # learning rate at the end of the schedule; none = a tenth of max_lr
-    schedule: ScheduleName = "cosine"  # cosine, linear, wsd, constant or inv_sqrt: the way down from max_lr
+    min_lr: float = 0.0  # learning rate at the end of the schedule
+    schedule: ScheduleName = "linear"  # linear, cosine, wsd, constant or inv_sqrt: the way down from max_lr
     warmup_frac: float = 0.02  # share of the steps in which the learning rate rises linearly
     weight_decay: float = 0.1  # decoupled decay of weight matrices; gains have none
     beta1: float = 0.9  # decay of the gradient's running mean
@@ -53,14 +49,14 @@ class OptimConfig:
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
-        if self.schedule == "constant" and self.min_lr is not None:
+        if self.schedule == "constant" and self.min_lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) has no effect with the constant schedule; leave it out")
         checks = {
             "embed_lr must be above 0 (none = max_lr)": self.embed_lr is None or self.embed_lr > 0,
             "z_loss must not be negative": self.z_loss >= 0,
             "ema must be in (0, 1) (none = no average)": self.ema is None or 0 < self.ema < 1,
-            "max_lr must be above 0": self.max_lr > 0,
-            f"min_lr must be between 0 and max_lr ({self.max_lr:g})": 0 <= (self.min_lr or 0) <= self.max_lr,
+            "max_lr must be above 0": self.peak_lr > 0,
+            f"min_lr must be between 0 and max_lr ({self.peak_lr:g})": 0 <= self.min_lr <= self.peak_lr,
             "warmup_frac must be in [0, 1)": 0 <= self.warmup_frac < 1,
             "weight_decay must not be negative": self.weight_decay >= 0,
             "beta1 must be in [0, 1)": 0 <= self.beta1 < 1,
@@ -72,6 +68,11 @@ class OptimConfig:
             if not holds:
                 raise ValueError(f"{rule}, got {getattr(self, rule.split()[0])}")
 
+    @property
+    def peak_lr(self) -> float:
+        """max_lr, or what suits the optimizer."""
+        return MAX_LR[self.optimizer] if self.max_lr is None else self.max_lr
+
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig, spread: Spread | None = None) -> Optimizer:
     """The optimizer of `cfg` over all parameters. Matrices decay, gains do not.
@@ -82,13 +83,13 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, spread: Spread | None = 
     for name, parameter in model.named_parameters():
         kind = "gains" if parameter.dim() < 2 else "hidden" if name.startswith("layers.") else "tables"
         kinds[kind].append(parameter)
-    embed_lr = cfg.max_lr if cfg.embed_lr is None else cfg.embed_lr
+    embed_lr = cfg.peak_lr if cfg.embed_lr is None else cfg.embed_lr
     groups: Groups = [
         {"params": kinds["hidden"], "kind": "hidden", "lr_scale": 1.0, "weight_decay": cfg.weight_decay},
         {
             "params": kinds["tables"],
             "kind": "tables",
-            "lr_scale": embed_lr / cfg.max_lr,
+            "lr_scale": embed_lr / cfg.peak_lr,
             "weight_decay": cfg.weight_decay,
         },
         {"params": kinds["gains"], "kind": "gains", "lr_scale": 1.0, "weight_decay": 0.0},
@@ -101,49 +102,51 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, spread: Spread | None = 
 
 def adamw(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """arXiv:1711.05101, one fused kernel per step."""
-    return torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 
 def muon(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """Muon for hidden matrices, AdamW for the rest."""
-    return Muon(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    return Muon(groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 
 def lion(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """Wants a 3 to 10 times lower learning rate and as much higher decay than adamw."""
-    return Lion(groups, {"lr": cfg.max_lr, "betas": (cfg.beta1, cfg.beta2)})
+    return Lion(groups, {"lr": cfg.peak_lr, "betas": (cfg.beta1, cfg.beta2)})
 
 
 def adam(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """arXiv:1412.6980; the decay is part of the gradient."""
-    return torch.optim.Adam(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    return torch.optim.Adam(groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 
 def nadam(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """AdamW with Nesterov's momentum (Dozat 2016)."""
     betas = (cfg.beta1, cfg.beta2)
-    return torch.optim.NAdam(groups, lr=cfg.max_lr, betas=betas, eps=cfg.eps, decoupled_weight_decay=True)
+    return torch.optim.NAdam(groups, lr=cfg.peak_lr, betas=betas, eps=cfg.eps, decoupled_weight_decay=True)
 
 
 def rmsprop(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """Hinton's, with momentum beta1; the decay is part of the gradient."""
-    return torch.optim.RMSprop(groups, lr=cfg.max_lr, alpha=cfg.beta2, eps=cfg.eps, momentum=cfg.beta1)
+    return torch.optim.RMSprop(groups, lr=cfg.peak_lr, alpha=cfg.beta2, eps=cfg.eps, momentum=cfg.beta1)
 
 
 def sgd(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """Nesterov momentum beta1; wants learning rates around 0.1-1."""
-    return torch.optim.SGD(groups, lr=cfg.max_lr, momentum=cfg.beta1, nesterov=cfg.beta1 > 0, fused=True)
+    return torch.optim.SGD(groups, lr=cfg.peak_lr, momentum=cfg.beta1, nesterov=cfg.beta1 > 0, fused=True)
 
 
 OPTIMIZERS: dict[str, Callable[[Groups, OptimConfig], Optimizer]] = {
-    "adamw": adamw,
     "muon": muon,
+    "adamw": adamw,
     "lion": lion,
     "adam": adam,
     "nadam": nadam,
     "rmsprop": rmsprop,
     "sgd": sgd,
 }
+# Learning rates to begin with: muon's by measurement (EXPERIMENTS.md), adamw's is GPT-3's for this size (arXiv:2005.14165).
+MAX_LR = {"muon": 3e-3, "adamw": 3e-4, "adam": 3e-4, "nadam": 3e-4, "rmsprop": 3e-4, "lion": 1e-4, "sgd": 0.3}
 
 
 class Muon(torch.optim.AdamW):
@@ -178,7 +181,7 @@ class Muon(torch.optim.AdamW):
         grads = torch.where(keep > 0, grads, 0.0)
         for p in params:
             if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
+                self.state[p] |= {"momentum": torch.zeros_like(p), "step": torch.zeros(())}  # AdamW wants one to load
         momenta = [self.state[p]["momentum"] for p in params]
         momentum = torch.stack(momenta).lerp_(grads, (1 - MUON_MOMENTUM) * keep)
         direction = self.spread(orthogonalize, grads.lerp_(momentum, MUON_MOMENTUM))  # Nesterov's look ahead
@@ -333,7 +336,7 @@ def lr_at(step: int, total_steps: int, cfg: OptimConfig) -> float:
     """Learning rate of optimizer step `step` (0-based): a linear warm-up to max_lr, then the schedule down to min_lr."""
     warmup_steps = round(cfg.warmup_frac * total_steps)
     if step < warmup_steps:
-        return cfg.max_lr * (step + 1) / warmup_steps
+        return cfg.peak_lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
     share = SCHEDULES[cfg.schedule](min(progress, 1.0), max(warmup_steps, 1) / total_steps)
-    return share * cfg.max_lr + (1 - share) * (0.1 * cfg.max_lr if cfg.min_lr is None else cfg.min_lr)
+    return share * cfg.peak_lr + (1 - share) * cfg.min_lr

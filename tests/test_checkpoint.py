@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import distributed
 from model import Transformer
-from optimizers import OptimConfig, build_optimizer
+from optimizers import OPTIMIZERS, OptimConfig, build_optimizer
 
 
 def save(run_dir, model, optimizer, step=3, raw_model: Transformer | None = None, permanent=True):
@@ -47,7 +47,7 @@ def learn(model: nn.Module, optimizer, steps: int, seed: int = 0) -> list[float]
 
 
 def adam(model: nn.Module, **changes):
-    return build_optimizer(model, OptimConfig(max_lr=1e-2, **changes))
+    return build_optimizer(model, OptimConfig(**{"optimizer": "adamw", "max_lr": 1e-2, **changes}))
 
 
 @pytest.fixture
@@ -72,15 +72,16 @@ def test_a_loaded_model_gives_the_same_logits(shape, tmp_path, tokens):
     assert meta["path"] == str(tmp_path / "checkpoint_step_3.pt") and "model" not in meta and "optimizer" not in meta
 
 
-def test_training_continues_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_continues_bit_for_bit(name, tmp_path):
     model = tiny_model()
-    optimizer = adam(model)
+    optimizer = adam(model, optimizer=name)
     learn(model, optimizer, 5)
     path = save(tmp_path, model, optimizer)
     expected = learn(model, optimizer, 5, seed=1)
 
     other = tiny_model(seed=9)
-    its_optimizer = adam(other)
+    its_optimizer = adam(other, optimizer=name)
     checkpoint.restore(checkpoint.read(path), other, its_optimizer, path)
     assert learn(other, its_optimizer, 5, seed=1) == expected
     for (name, a), b in zip(model.named_parameters(), other.parameters()):

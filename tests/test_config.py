@@ -271,7 +271,7 @@ def test_every_default_that_help_shows_can_be_given_as_it_is_shown(help_text):
     shown = [
         line.split()[0] + "=" + line.rpartition(" [")[2][:-1] for line in help_text.splitlines() if line[:4] == "  --"
     ]
-    assert parse_config(training.Config, shown) == parse_config(training.Config, []) and "--max_lr=0.0003" in shown
+    assert parse_config(training.Config, shown) == parse_config(training.Config, []) and "--schedule=linear" in shown
 
 
 def test_help_begins_with_usage_and_the_commands_of_the_header(help_text):

@@ -25,9 +25,16 @@ IMPORTS = {
     "chat": {"config", "model", "shards", "checkpoint", "diffusion"},
 }
 IMPORTS["training"] = IMPORTS.keys() - {"chat", "data_pipeline"}
-EXTRAS = ("convert_hf", "eval_lm_harness", "scaling_laws", "benchmark")  # import anything above, imported by nothing
+EXTRAS = (
+    "convert_hf",
+    "eval_lm_harness",
+    "scaling_laws",
+    "benchmark_train",
+    "benchmark",
+)  # import anything above, imported by nothing
 IMPORTS |= {name: set(IMPORTS) for name in EXTRAS}
-IMPORTS["benchmark"].add("convert_hf")  # measures transformers with the same weights
+IMPORTS["benchmark_train"] |= {"convert_hf"}  # measures transformers with the same weights
+IMPORTS["benchmark"] |= {"convert_hf", "benchmark_train"}
 LAZY = {"diffusion", "trackers"}  # imported inside the branch that needs it
 
 REQUIREMENTS = {"torch", "numpy", "tiktoken", "datasets", "huggingface-hub", "tqdm", "matplotlib"}

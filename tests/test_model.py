@@ -19,8 +19,9 @@ def on_meta(**shape) -> Transformer:
 # ---- Size ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_default_shape_has_the_seeds_416417792_parameters():
-    assert on_meta(vocab_size=50257).num_params() == 416_417_792
+def test_the_default_shape_is_the_seeds_416417792_parameters_and_the_gains_of_qk_norm():
+    assert on_meta(vocab_size=50257, qk_norm=False).num_params() == 416_417_792
+    assert on_meta(vocab_size=50257).num_params() == 416_417_792 + 24 * 2 * 64
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -36,7 +37,7 @@ def test_parameters_and_flops_follow_the_formulas(tied, qk_norm):
 
 
 def test_the_default_shape_costs_2_8_gflop_per_token():
-    assert on_meta(vocab_size=50257).flops_per_token() == 6 * 416_417_792 + 12 * 24 * 16 * 64 * 1024
+    assert on_meta(vocab_size=50257, qk_norm=False).flops_per_token() == 6 * 416_417_792 + 12 * 24 * 16 * 64 * 1024
 
 
 def test_layers_that_write_to_the_residual_stream_start_smaller():

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 
+from config import parse_config
 from optimizers import (
+    MAX_LR,
     OPTIMIZERS,
     SCHEDULES,
     Average,
@@ -22,10 +24,11 @@ from optimizers import (
     set_lr,
     swapped_in,
 )
+from training import Config
 
 
 def schedule(name: str, steps: int = 10, **changes) -> list[float]:
-    fixed = {"max_lr": 1.0, "min_lr": None if name == "constant" else 0.1, "warmup_frac": 0.2}
+    fixed = {"max_lr": 1.0, "min_lr": 0.0 if name == "constant" else 0.1, "warmup_frac": 0.2}
     cfg = OptimConfig(**{"schedule": name, **fixed, **changes})  # type: ignore[arg-type]
     return [lr_at(step, steps, cfg) for step in range(steps)]
 
@@ -53,7 +56,7 @@ def test_every_schedule_starts_at_the_peak_and_never_rises_without_warmup(name):
 
 
 def test_the_seeds_run_warms_up_for_305_steps_and_ends_at_a_tenth():
-    cfg = OptimConfig()
+    cfg = parse_config(Config, [str(ROOT / "configs" / "416m_seed.toml")]).optim
     assert lr_at(0, 15_258, cfg) == pytest.approx(3e-4 / 305)
     assert lr_at(304, 15_258, cfg) == lr_at(305, 15_258, cfg) == 3e-4
     assert lr_at(15_257, 15_258, cfg) == pytest.approx(3e-5)
@@ -61,14 +64,21 @@ def test_the_seeds_run_warms_up_for_305_steps_and_ends_at_a_tenth():
 
 
 def test_past_the_end_the_learning_rate_stays():
-    assert lr_at(500, 100, OptimConfig()) == lr_at(99, 100, OptimConfig()) == pytest.approx(3e-5)
+    cfg = OptimConfig(max_lr=1e-3, min_lr=1e-5)
+    assert lr_at(500, 100, cfg) == lr_at(99, 100, cfg) == pytest.approx(1e-5)
+
+
+def test_each_optimizer_has_a_learning_rate_of_its_own_unless_one_is_given():
+    assert MAX_LR.keys() == OPTIMIZERS.keys()
+    assert OptimConfig().peak_lr == 3e-3 and OptimConfig(optimizer="adamw").peak_lr == 3e-4
+    assert OptimConfig(optimizer="adamw", max_lr=1e-2).peak_lr == 1e-2
 
 
 @pytest.mark.parametrize(
     ("changes", "hint"),
     [
         ({"max_lr": 0.0}, "max_lr must be above 0, got 0.0"),
-        ({"min_lr": 1e-3}, r"min_lr must be between 0 and max_lr \(0.0003\), got 0.001"),
+        ({"min_lr": 1e-2}, r"min_lr must be between 0 and max_lr \(0.003\), got 0.01"),
         ({"warmup_frac": 1.0}, r"warmup_frac must be in \[0, 1\), got 1.0"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative"),
         ({"beta1": 1.0}, "beta1"),
@@ -234,7 +244,7 @@ def test_the_average_follows_the_weights_and_comes_and_goes():
 
 def test_adamw_is_these_ten_lines(tokens):
     model = tiny_model()
-    cfg = OptimConfig(max_lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-4, weight_decay=0.3)
+    cfg = OptimConfig(optimizer="adamw", max_lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-4, weight_decay=0.3)
     optimizer = build_optimizer(model, cfg)
     reference = {name: p.detach().clone().double() for name, p in model.named_parameters()}
     mean = {name: torch.zeros_like(p) for name, p in reference.items()}
