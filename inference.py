@@ -10,6 +10,7 @@ Writing one token reads every weight once, so that bytes per weight, and how fas
 
 # Tensor dimensions: B batch, T tokens, D dim, K key/value heads, H head_dim, S cached tokens, V vocabulary
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,6 +97,40 @@ def prepare(model: Transformer, dtype: str) -> Transformer:
     if dtype == "int8" and not on_cpu:
         model.to(torch.bfloat16)  # what is not int8: the embedding and the norms
     return model
+
+
+def choose_threads(model: Transformer) -> int:
+    """Set and return the number of threads, of at most what torch would take, that writes a token fastest right now.
+
+    Threads wait for each other dozens of times per token: beside a neighbour one can be faster than all.
+    """
+    times, n = {}, torch.get_num_threads()
+    while n >= 1:
+        torch.set_num_threads(n)
+        times[n] = min(_seconds(lambda: next_logits(model, [0])) for _ in range(4))
+        n //= 2
+    fastest = min(times, key=lambda n: times[n])
+    torch.set_num_threads(fastest)
+    return fastest
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second that this device's memory gives to a sum over 256 MB, more than any cache: the limit of decoding."""
+    data = torch.ones(2**25, dtype=torch.int64, device=device)
+    return data.nbytes / min(_seconds(lambda: data.sum().item()) for _ in range(6))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def bytes_per_token(model: Transformer, dtype: str) -> int:
+    """Bytes of weights that one more token has to read; the cache comes on top."""
+    config = model.config
+    lookup_only = 0 if config.tie_embeddings else (config.vocab_size or 0) * config.dim
+    return (model.num_params() - lookup_only) * {"fp32": 4, "bf16": 2, "int8": 1}[dtype]
 
 
 def can_pack(dtype: torch.dtype) -> bool:

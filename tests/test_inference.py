@@ -151,3 +151,16 @@ def test_the_cache_of_a_prepared_model_equals_none(tokens):
         torch.testing.assert_close(
             torch.cat(rows)[:, :97], whole[:, :97], atol=1e-1 if dtype == "int8" else 1e-4, rtol=1e-2
         )
+
+
+def test_the_bytes_of_a_token_are_the_weights_it_reads():
+    for tied in (True, False):
+        model = tiny_model(tie_embeddings=tied)
+        read = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
+        assert inference.bytes_per_token(model, "bf16") == 2 * (read + 97 * 32)
+
+
+def test_threads_are_chosen_and_no_more_than_there_were():
+    torch.set_num_threads(2)
+    assert inference.choose_threads(tiny_model()) == torch.get_num_threads() in (1, 2)
+    torch.set_num_threads(1)
