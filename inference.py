@@ -11,6 +11,7 @@ Writing one token reads every weight once, so that bytes per weight, and how fas
 # Tensor dimensions: B batch, T tokens, D dim, K key/value heads, H head_dim, S cached tokens, V vocabulary
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,11 +22,10 @@ from torch import Tensor
 
 from model import KVCache, Transformer, next_logits
 
-INT8_MATMUL: Any = (
-    getattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32", None)
-    if "fbgemm" in torch.backends.quantized.supported_engines
-    else None
-)
+MAKE_QUANTIZED: Any = getattr(torch, "_make_per_channel_quantized_tensor", None)
+INT8_MATMUL: Any = None  # fbgemm's, which x86 processors have
+if MAKE_QUANTIZED is not None and "fbgemm" in torch.backends.quantized.supported_engines:
+    INT8_MATMUL = getattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32", None)
 
 
 class PackedLinear(nn.Module):
@@ -61,7 +61,9 @@ class Int8PackedLinear(nn.Module):
         super().__init__()
         rows, scale = to_int8(weight)
         zeros = torch.zeros(len(rows), dtype=torch.long)
-        rows = torch.ops.aten._make_per_channel_quantized_tensor(rows, scale.double(), zeros, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a later torch will not have quantized tensors; Int8Linear takes over then
+            rows = MAKE_QUANTIZED(rows, scale.double(), zeros, 0)
         self.packed, self.bias = torch.ops.quantized.linear_prepack(rows, None), bias
 
     def forward(self, x: Tensor) -> Tensor:
