@@ -429,7 +429,7 @@ def hellaswag_report(rates: dict[str, Any]) -> str:
 SHAPE_124M: dict[str, Any] = {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 2048, "vocab_size": 50257}
 
 
-def decode_benchmark(rounds: int, n_tokens: int, device: str, **shape: Any) -> dict[str, Any]:
+def decode_benchmark(rounds: int, n_tokens: int, device: str, peers: str | None = None, **shape: Any) -> dict[str, Any]:
     """New tokens per second, prompt of 32 included, of each way to decode the same random weights, one round after the other."""
     import torch
 
@@ -439,7 +439,7 @@ def decode_benchmark(rounds: int, n_tokens: int, device: str, **shape: Any) -> d
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**{"vocab_size": 50257, **shape})).to(device).eval()
     prompt = torch.randint(0, 50257, (32,), generator=torch.Generator().manual_seed(0)).tolist()
-    greedy, loop = {"temperature": 0.0}, prompt[:8] * 4  # a text that repeats itself from the start
+    greedy = {"temperature": 0.0}  # random weights soon go round in circles: the text that repeats itself
     ways: dict[str, Callable[[], int]] = {}
     reads: dict[str, int] = {}
 
@@ -455,17 +455,20 @@ def decode_benchmark(rounds: int, n_tokens: int, device: str, **shape: Any) -> d
         ours = functools.partial(generate, ready, max_new_tokens=n_tokens, **greedy)
         add(f"ours, {dtype}", dtype, lambda ours=ours, step=step: list(ours(prompt, step=step)))
         if dtype != "fp32":
-            add(f"ours, {dtype}, loop", dtype, lambda ours=ours: list(ours(loop)))
-            add(f"ours, {dtype}, loop, guessing ahead", dtype, lambda ours=ours: list(ours(loop, lookup=8)))
-            add(f"ours, {dtype}, no loop, guessing ahead", dtype, lambda ours=ours: list(ours(prompt, lookup=8)))
+            add(f"ours, {dtype}, guessing ahead", dtype, lambda ours=ours: list(ours(prompt, lookup=8)))
+            drawn = functools.partial(ours, temperature=1.0, seed=0)  # random weights: no token comes twice
+            add(f"ours, {dtype}, drawn", dtype, lambda drawn=drawn: list(drawn(prompt)))
+            add(f"ours, {dtype}, drawn, guessing ahead", dtype, lambda drawn=drawn: list(drawn(prompt, lookup=8)))
             batch = functools.partial(generate_batch, ready, [prompt] * 8, n_tokens, **greedy)
             add(f"ours, {dtype}, batch of 8", dtype, lambda batch=batch: [t for row in batch() for t in row])
     for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         plain = copy.deepcopy(model).to(kind)
-        add(f"{SEED}, {dtype}", dtype, functools.partial(_growing_cache, plain, prompt, n_tokens))
+        add(f"{SEED}, {dtype}", dtype, functools.partial(_seed_way_to_decode, plain, prompt, n_tokens))
         for cache in ("dynamic", "static"):
             with contextlib.suppress(ImportError):
                 add(f"transformers, {cache} cache, {dtype}", dtype, _transformers_way(plain, prompt, n_tokens, cache))
+        for name, way in _functions_of(peers).items():
+            add(f"{name}, {dtype}", dtype, functools.partial(way, plain, prompt, n_tokens))
         if not shape:
             small = Transformer(ModelConfig(**SHAPE_124M)).to(device, kind).eval()
             add(
@@ -488,25 +491,19 @@ def decode_benchmark(rounds: int, n_tokens: int, device: str, **shape: Any) -> d
     return {**facts, "device": device, "memory_gb_per_s": memory / 1e9, "ways": found}
 
 
-def _growing_cache(model: Any, prompt: list[int], n_tokens: int) -> list[int]:
-    """A cache that is a new tensor after each token, weights as they come; one token back to the host at a time."""
+def _seed_way_to_decode(model: Any, prompt: list[int], n_tokens: int) -> list[int]:
+    """Weights as they come, all logits, the cache beforehand, text and tokens glued on the device."""
     import torch
 
     from model import KVCache
 
-    class Growing(KVCache):
-        def update(self, layer: int, k: Any, v: Any) -> tuple[Any, Any]:
-            if layer in self.entries:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(self.entries[layer], (k, v)))
-            self.entries[layer] = (k, v)
-            return k, v
-
-    cache, tokens, device = Growing(0), list(prompt), model.embed_tokens.weight.device
+    tokens = new = torch.tensor([prompt], device=model.embed_tokens.weight.device)
+    cache = KVCache(len(prompt) + n_tokens)
     with torch.inference_mode():
-        for i in range(n_tokens):
-            logits = model(torch.tensor([tokens if i == 0 else tokens[-1:]], device=device), cache=cache)
-            tokens.append(int(logits[:, -1].argmax()))
-    return tokens[len(prompt) :]
+        for _ in range(n_tokens):
+            new = model(new, cache=cache)[:, -1].argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, new], dim=1)
+    return tokens[0, len(prompt) :].tolist()
 
 
 def _no_cache(model: Any, prompt: list[int], n_tokens: int) -> list[int]:
@@ -566,9 +563,9 @@ def decode_report(rates: dict[str, Any]) -> str:
         f"int8 / the seed's fp32 (3.5):                   {ratio('ours, int8', f'{SEED}, fp32')}",
     ]
     for dtype in ("bf16", "int8"):
-        loop, plain = f"ours, {dtype}, loop", f"ours, {dtype}"
-        lines.append(f"guessing ahead, {dtype}, a loop / no loop (1.3 / 1): {ratio(f'{loop}, guessing ahead', loop)} / "
-                     f"{ratio(f'{plain}, no loop, guessing ahead', plain)}")  # fmt: skip
+        plain, drawn = f"ours, {dtype}", f"ours, {dtype}, drawn"
+        loop, other = ratio(f"{plain}, guessing ahead", plain), ratio(f"{drawn}, guessing ahead", drawn)
+        lines.append(f"{dtype}, guessing ahead, in a loop / else (1.3 / 1): {loop} / {other}")
     return "\n".join(lines)
 
 
@@ -608,7 +605,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="measurements of which the best counts [2]")
     parser.add_argument("--data", default=str(ITEMS), help="HellaSwag items (.jsonl) (default: ../shared/data)")
     parser.add_argument("--num_examples", type=int, default=150, help="the first N of them [150]")
-    parser.add_argument("--peers", help="a .py file of other ways: functions of (model, tokenizer, items)")
+    parser.add_argument(
+        "--peers",
+        help="a .py file of other ways: functions of (model, tokenizer, items); decode: of (model, prompt, n_tokens)",
+    )
     parser.add_argument("--new_tokens", type=int, default=128, help="decode: tokens to write [128]")
     parser.add_argument("--device", default="cpu", help="decode: cpu or cuda [cpu]")
     parser.add_argument("--checkpoint", help="decode: measure validation loss instead, on the shards in --source")
@@ -626,7 +626,7 @@ def main() -> None:
         elif args.section == "decode" and args.checkpoint:
             rates = loss_benchmark(args.checkpoint, args.source, 50_000, args.device)
         elif args.section == "decode":
-            rates = decode_benchmark(args.rounds, args.new_tokens, args.device)
+            rates = decode_benchmark(args.rounds, args.new_tokens, args.device, args.peers)
             print(decode_report(rates))
         else:
             rates = checkpoint_benchmark(args.rounds, folder)

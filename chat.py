@@ -23,13 +23,13 @@ import re
 import shutil
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unicodedata import category, east_asian_width
 
 import config
 
@@ -279,11 +279,30 @@ def timed(voice: Voice, prompt: list[int], n_tokens: int, **ways: Any) -> tuple[
 
 
 def columns(texts: list[str], width: int) -> str:
-    """Texts beside each other, wrapped, in `width` characters."""
+    """Texts beside each other, wrapped, in `width` cells of a terminal."""
     each = max(10, (width - 3 * (len(texts) - 1)) // len(texts))
-    wrapped = [[row for line in text.split("\n") for row in textwrap.wrap(line, each) or [""]] for text in texts]
+    wrapped = [[row for line in text.split("\n") for row in wrap(line, each)] for text in texts]
     rows = zip_longest(*wrapped, fillvalue="")
-    return "\n".join(" | ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)
+    return "\n".join(" | ".join(cell + " " * (each - cells(cell)) for cell in row).rstrip() for row in rows)
+
+
+def wrap(line: str, width: int) -> list[str]:
+    """Rows of at most `width` cells, cut between words, or within one that is longer than a row."""
+    rows = [""]
+    for word in re.split(r"(?<=\s)(?=\S)", line.expandtabs(4)):  # each with the spaces behind it
+        if rows[-1] and cells(rows[-1] + word.rstrip()) > width:
+            rows.append("")
+        for character in word.rstrip():
+            rows += [""] if cells(rows[-1] + character) > width else []
+            rows[-1] += character
+        rows[-1] += word[len(word.rstrip()) :]
+    return [row.rstrip() for row in rows]
+
+
+def cells(text: str) -> int:
+    """How wide a terminal shows `text`: Chinese, Japanese, Korean and emoji take two cells, combining marks none."""
+    marks = ("Mn", "Me", "Cf")
+    return sum(1 + (east_asian_width(c) in "WF") for c in text if category(c) not in marks)
 
 
 @contextlib.contextmanager

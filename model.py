@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 INIT_STD = 0.02
 VOCAB_MULTIPLE = 128  # matmuls with 50304 columns are faster than with 50257; modded-nanogpt and nanochat do the same
 IGNORED = -100  # a target that carries no loss
+FEW = 16  # tokens after what a cache holds that attend one by one
 LOSS_CHUNK = 2**24  # logits that exist at once in an eager loss: 64 MB; larger chunks were no faster
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Llama 3's names
 # For prompts: cuDNN, the default of new GPUs, plans each new length anew, 23-37 ms on the host.
@@ -120,15 +121,24 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # [B, K, S + T, H]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.n_kv_heads != self.n_heads
-        )
+        out = attend(q, k, v, mask, is_causal)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
 def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """[..., H] normalised in the dtype of x: an fp32 gain under autocast would take the slow way, and queries to fp32."""
     return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.eps)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Attention of q [B, N, T, H] over k, v [B, K, S, H]; causal: q are the last T of the S tokens."""
+    T, S, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if is_causal and T < S:  # SDPA's is_causal would take q for the first T
+        if T <= FEW:  # each as if it came alone, rounding included
+            alone = (attend(q[:, :, t : t + 1], k[:, :, : S - T + t + 1], v[:, :, : S - T + t + 1], None, False) for t in range(T))  # fmt: skip
+            return torch.cat(list(alone), dim=2)
+        mask, is_causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
 
 class SwiGLU(nn.Module):
@@ -248,11 +258,7 @@ class Transformer(nn.Module):
         cos, sin = self.rope_cos[at], self.rope_sin[at]  # [T, H/2] or [B, T, H/2]
         if positions is not None:
             cos, sin = cos[:, None], sin[:, None]  # [B, 1, T, H/2]
-        is_causal = mask is None and self.config.causal and T > 1 and start == 0
-        if (
-            mask is None and self.config.causal and T > 1 and start > 0
-        ):  # a later chunk: SDPA's is_causal aligns top-left
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(diagonal=start)
+        is_causal = mask is None and self.config.causal and T > 1
         x = self.embed_tokens(tokens)  # [B, T, D]
         for i, block in enumerate(self.layers):
             x = block(x, cos, sin, mask, is_causal, cache, i)
@@ -289,8 +295,9 @@ class Transformer(nn.Module):
         weights = counted if loss_weights is None else counted * loss_weights  # [B, T]
         if reduction == "mean":
             weights = weights / (counted.sum() if loss_weights is None else counted.numel())
-        if reduction != "none" and not torch.compiler.is_compiling():  # eager: a chunk of the logits at a time
-            table, size = self.embed_tokens if self.lm_head is None else self.lm_head, self.config.vocab_size
+        table, size = self.embed_tokens if self.lm_head is None else self.lm_head, self.config.vocab_size
+        if reduction != "none" and isinstance(table, nn.Embedding | nn.Linear) and not torch.compiler.is_compiling():
+            # eager: a chunk of the logits at a time
             return LinearCrossEntropy.apply(hidden.flatten(0, -2), table.weight, targets.flatten(), weights.flatten(), size, z_loss)  # fmt: skip
         logits = self.head(hidden).float().flatten(0, -2)  # [B*T, V]; one fused kernel when compiled
         losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
@@ -495,7 +502,7 @@ def _guess(
     or not. Short rows cost little more than one token, since the time goes into reading the weights.
     """
     cache, unseen, guess = KVCache(room), list(window), []
-    match, length = 2, lookup  # tokens that must agree before a guess, and how many are guessed; both learn
+    match, length = 2, min(4, lookup)  # tokens that must agree before a guess, and how many to guess; both learn
     while True:
         rows = next_logits(model, unseen + guess, cache, last=len(guess) + 1)  # [1 + guess, V]
         kept = 0

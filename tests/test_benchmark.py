@@ -17,7 +17,7 @@ SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "ffn_dim": 48, "seq_len": 64}
 def test_each_way_to_decode_writes_the_same_tokens():
     model, prompt = tiny_model(tie_embeddings=True, vocab_size=257, seq_len=64), [5, 80, 33]
     expected = list(generate(model, prompt, 20, temperature=0))
-    assert benchmark._growing_cache(model, prompt, 20) == expected == benchmark._no_cache(model, prompt, 20)
+    assert benchmark._seed_way_to_decode(model, prompt, 20) == expected == benchmark._no_cache(model, prompt, 20)
     pytest.importorskip("transformers")
     for cache in ("dynamic", "static"):
         assert benchmark._transformers_way(model, prompt, 20, cache)() == expected

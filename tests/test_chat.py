@@ -287,6 +287,26 @@ def test_columns_keep_every_word_of_every_text() -> None:
         assert " ".join(row[i].strip() for row in rows if len(row) > i).split() == text.split()
 
 
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("one two three", ["one two", "three"]),
+        ("  indented", ["  indented"]),
+        ("abcdefghijklmno pq", ["abcdefghij", "klmno pq"]),
+        ("日本語日本語 ab", ["日本語日本", "語 ab"]),
+        ("e\u0301" * 10 + " x", ["e\u0301" * 10, "x"]),
+        ("a" + 5 * "😀", ["a😀😀😀😀", "😀"]),
+        ("", [""]),
+        (" " * 30, [""]),
+    ],
+)
+def test_columns_count_the_cells_of_a_terminal(text: str, rows: list[str]) -> None:
+    assert chat.wrap(text, 10) == rows and all(chat.cells(row) <= 10 for row in rows)
+    assert {
+        chat.cells(row.partition("|")[0]) for row in chat.columns([text, "x\n" * 3], 23).split("\n") if "|" in row
+    } == {11}
+
+
 def test_one_answer_from_the_command_line_as_json(
     paths: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

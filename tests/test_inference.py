@@ -43,6 +43,23 @@ def test_a_text_that_repeats_itself_takes_fewer_passes(monkeypatch):
     assert len(passes) < 40
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_guessed_tokens_have_the_logits_of_one_token_after_another_to_the_last_bit(dtype):
+    """In bf16 two tokens often tie: without this, guessing changed 3 of 30 texts of a 10M-parameter model."""
+    model = prepared(
+        shape(dim=64, ffn_dim=4096, seq_len=128), dtype
+    )  # long sums, which are cut differently for one row
+    tokens = torch.randint(0, 97, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    alone, together = KVCache(128), KVCache(128)
+    expected = [next_logits(model, part, alone) for part in (tokens[:60], *([t] for t in tokens[60:]))]
+    sizes, at = [60, 9, 1, 2, 16, 3, 9], 0
+    found = []
+    for n in sizes:
+        found.append(next_logits(model, tokens[at : at + n], together, last=1 if at == 0 else n))
+        at += n
+    assert torch.equal(torch.cat(found), torch.cat(expected))
+
+
 @pytest.mark.parametrize(
     ("window", "match", "length", "found"),
     [
@@ -90,6 +107,19 @@ def test_a_step_always_works_on_the_same_memory():
     before = [tensor.data_ptr() for pair in step.cache.entries.values() for tensor in pair]
     list(generate(model, LOOP, 50, step=step))
     assert [tensor.data_ptr() for pair in step.cache.entries.values() for tensor in pair] == before
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_a_step_is_one_graph_at_every_position(dtype, monkeypatch):
+    """As for a GPU's CUDA graph, with its layers: nothing falls back to Python, nothing is compiled twice."""
+    monkeypatch.setattr(inference, "INT8_MATMUL", None)
+    monkeypatch.setattr(inference, "can_pack", lambda dtype: False)
+    model, graphs = prepared(shape(), dtype), []
+    step = Step(model)
+    torch._dynamo.reset()
+    step.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+    text = list(generate(model, [3, 5], 80, temperature=0, step=step))
+    assert text == list(generate(model, [3, 5], 80, temperature=0)) and len(graphs) == 1
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
