@@ -29,21 +29,21 @@ if MAKE_QUANTIZED is not None and "fbgemm" in torch.backends.quantized.supported
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in oneDNN's own layout: one row times a weight matrix reads 1.3-1.6x as fast as from plain rows."""
+    """A linear layer in oneDNN's own layout, and never fewer than ROWS rows: one row alone goes through a kernel that is
+    slower and adds up in another order. On 2 cores of an EPYC 4 rows read 31 GB/s of bf16, 1 row 26, in plain layout 18."""
+
+    ROWS = 4
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)  # 1: the batch to choose it for
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.ROWS)
         self.bias = None if bias is None else bias.to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[-1]:  # one row is added up in another order than several; guesses need the same one
-            twice = x.reshape(1, -1).expand(2, -1)
-            return self.multiply(twice)[:1].view(*x.shape[:-1], -1)
-        return self.multiply(x)
-
-    def multiply(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        rows = x.reshape(-1, x.shape[-1])
+        padded = F.pad(rows, (0, 0, 0, max(0, self.ROWS - len(rows))))
+        out = torch.ops.mkldnn._linear_pointwise(padded, self.weight, self.bias, "none", [], "")
+        return out[: len(rows)].view(*x.shape[:-1], -1)
 
 
 class Int8Linear(nn.Module):
