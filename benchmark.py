@@ -434,53 +434,48 @@ def decode_benchmark(rounds: int, n_tokens: int, device: str, peers: str | None 
     import torch
 
     import inference
-    from model import ModelConfig, Transformer, generate, generate_batch
+    from model import ModelConfig, Transformer
 
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**{"vocab_size": 50257, **shape})).to(device).eval()
     prompt = torch.randint(0, 50257, (32,), generator=torch.Generator().manual_seed(0)).tolist()
-    greedy = {"temperature": 0.0}  # random weights soon go round in circles: the text that repeats itself
-    ways: dict[str, Callable[[], int]] = {}
+    ways: dict[str, Callable[[int], list[int]]] = {}
     reads: dict[str, int] = {}
 
-    def add(name: str, dtype: str, work: Callable[[], list[int]]) -> None:
-        ways[name], reads[name] = lambda: len(work()), inference.bytes_per_token(model, dtype)
+    def add(name: str, dtype: str, way: Callable[[int], list[int]], network: Any = model) -> None:
+        ways[f"{name}, {dtype}"], reads[f"{name}, {dtype}"] = way, inference.bytes_per_token(network, dtype)
 
     for dtype in ("fp32", "bf16", "int8"):
         ready = inference.prepare(copy.deepcopy(model), dtype)
-        step = None
-        if device.startswith("cuda"):
-            step = inference.Step(ready)
+        step = inference.Step(ready) if device.startswith("cuda") else None
+        if step is not None:
             step.compile(mode="reduce-overhead", fullgraph=True)
-        ours = functools.partial(generate, ready, max_new_tokens=n_tokens, **greedy)
-        add(f"ours, {dtype}", dtype, lambda ours=ours, step=step: list(ours(prompt, step=step)))
-        if dtype != "fp32":
-            add(f"ours, {dtype}, guessing ahead", dtype, lambda ours=ours: list(ours(prompt, lookup=8)))
-            drawn = functools.partial(ours, temperature=1.0, seed=0)  # random weights: no token comes twice
-            add(f"ours, {dtype}, drawn", dtype, lambda drawn=drawn: list(drawn(prompt)))
-            add(f"ours, {dtype}, drawn, guessing ahead", dtype, lambda drawn=drawn: list(drawn(prompt, lookup=8)))
-            batch = functools.partial(generate_batch, ready, [prompt] * 8, n_tokens, **greedy)
-            add(f"ours, {dtype}, batch of 8", dtype, lambda batch=batch: [t for row in batch() for t in row])
+        ours = functools.partial(_our_way_to_decode, ready, prompt)
+        add("ours", dtype, functools.partial(ours, step=step))
+        if (
+            dtype != "fp32"
+        ):  # random weights soon go round in circles, the text that repeats itself; drawn they never do
+            add("ours, guessing ahead", dtype, functools.partial(ours, lookup=8))
+            add("ours, drawn", dtype, functools.partial(ours, temperature=1.0, seed=0))
+            add("ours, drawn, guessing ahead", dtype, functools.partial(ours, temperature=1.0, seed=0, lookup=8))
+            add("ours, batch of 8", dtype, functools.partial(_our_batch, ready, prompt))
     for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         plain = copy.deepcopy(model).to(kind)
-        add(f"{SEED}, {dtype}", dtype, functools.partial(_seed_way_to_decode, plain, prompt, n_tokens))
+        for name, way in {SEED: _seed_way_to_decode, **_functions_of(peers)}.items():
+            add(name, dtype, functools.partial(way, plain, prompt))
         for cache in ("dynamic", "static"):
             with contextlib.suppress(ImportError):
-                add(f"transformers, {cache} cache, {dtype}", dtype, _transformers_way(plain, prompt, n_tokens, cache))
-        for name, way in _functions_of(peers).items():
-            add(f"{name}, {dtype}", dtype, functools.partial(way, plain, prompt, n_tokens))
+                add(f"transformers, {cache} cache", dtype, _transformers_way(plain, prompt, cache))
         if not shape:
             small = Transformer(ModelConfig(**SHAPE_124M)).to(device, kind).eval()
-            add(
-                f"nanoGPT's way (no cache), 124M, {dtype}", dtype, functools.partial(_no_cache, small, prompt, n_tokens)
-            )
-            reads[f"nanoGPT's way (no cache), 124M, {dtype}"] = inference.bytes_per_token(small, dtype)
+            way = functools.partial(_our_way_to_decode, small, prompt, use_cache=False)
+            add("nanoGPT's way (no cache), 124M", dtype, way, small)
     memory = inference.bandwidth(torch.device(device))
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):  # the first is to warm up
-        for name, work in ways.items():
+        for name, way in ways.items():
             started = time.perf_counter()
-            made = work()
+            made = len(way(n_tokens if turn else 8))
             rates[name] += [made / (time.perf_counter() - started)] if turn else []
         memory = max(memory, inference.bandwidth(torch.device(device)))
     found = {
@@ -506,13 +501,19 @@ def _seed_way_to_decode(model: Any, prompt: list[int], n_tokens: int) -> list[in
     return tokens[0, len(prompt) :].tolist()
 
 
-def _no_cache(model: Any, prompt: list[int], n_tokens: int) -> list[int]:
+def _our_way_to_decode(model: Any, prompt: list[int], n_tokens: int, **options: Any) -> list[int]:
     from model import generate
 
-    return list(generate(model, prompt, n_tokens, temperature=0, use_cache=False))
+    return list(generate(model, prompt, n_tokens, **{"temperature": 0.0, **options}))
 
 
-def _transformers_way(model: Any, prompt: list[int], n_tokens: int, cache: str) -> Callable[[], list[int]]:
+def _our_batch(model: Any, prompt: list[int], n_tokens: int) -> list[int]:
+    from model import generate_batch
+
+    return [token for row in generate_batch(model, [prompt] * 8, n_tokens, temperature=0.0) for token in row]
+
+
+def _transformers_way(model: Any, prompt: list[int], cache: str) -> Callable[[int], list[int]]:
     """transformers' generate on the same weights in memory."""
     import torch
     import transformers
@@ -527,12 +528,13 @@ def _transformers_way(model: Any, prompt: list[int], n_tokens: int, cache: str) 
     network.model.rotary_emb = type(network.model.rotary_emb)(config)
     network.to(model.norm.weight.device).eval()
     ids = torch.tensor([prompt], device=model.norm.weight.device)
-    options: Any = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False, "pad_token_id": 0}
+    options: Any = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
     options |= {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
 
-    def run() -> list[int]:
+    def run(n: int) -> list[int]:
         with torch.inference_mode():
-            return network.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+            text = network.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)
+        return text[0, len(prompt) :].tolist()
 
     return run
 
@@ -563,8 +565,8 @@ def decode_report(rates: dict[str, Any]) -> str:
         f"int8 / the seed's fp32 (3.5):                   {ratio('ours, int8', f'{SEED}, fp32')}",
     ]
     for dtype in ("bf16", "int8"):
-        plain, drawn = f"ours, {dtype}", f"ours, {dtype}, drawn"
-        loop, other = ratio(f"{plain}, guessing ahead", plain), ratio(f"{drawn}, guessing ahead", drawn)
+        loop = ratio(f"ours, guessing ahead, {dtype}", f"ours, {dtype}")
+        other = ratio(f"ours, drawn, guessing ahead, {dtype}", f"ours, drawn, {dtype}")
         lines.append(f"{dtype}, guessing ahead, in a loop / else (1.3 / 1): {loop} / {other}")
     return "\n".join(lines)
 
