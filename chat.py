@@ -46,9 +46,9 @@ class Options:
     repetition_penalty: float | None = None  # above 1: tokens already in the text become less likely; none = 1
     seed: int | None = None  # the same seed gives the same answer to a prompt; none = a new one each time
     device: str | None = None  # cpu or cuda; none = cuda if there is one
-    dtype: Literal["fp32", "bf16", "int8"] | None = None  # precision of the weights; none = bf16 on a GPU, else fp32
+    dtype: Literal["fp32", "bf16", "int8"] | None = None  # of the weights; none = bf16 on a GPU, else fp32
     lookup: int = 8  # tokens to guess at once where the text repeats itself: the same text, sooner; 0 = none
-    compile: bool = False  # on a GPU: about a minute before the first answer, and each token in a fraction of the time
+    compile: bool = False  # on a GPU: a minute to begin with, then tokens in a fraction of the time; int8 needs it
 
     def __post_init__(self) -> None:
         for name, holds, limits in (
@@ -70,7 +70,7 @@ def parse(argv: list[str] | None = None) -> Any:
     """The command line, its `options` checked. Runs before torch is imported, which takes seconds."""
     parser = config.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file, run directory or Hub id")
-    parser.add_argument("checkpoint2", metavar="CHECKPOINT2", nargs="?", help="another one, for /compare")
+    parser.add_argument("checkpoint2", metavar="CHECKPOINT2", nargs="?", help="another one, for /compare and --prompt")
     once = parser.add_mutually_exclusive_group()
     once.add_argument("--prompt", metavar="TEXT", help="continue this text and leave")
     once.add_argument("--prompt_file", metavar="FILE", help="continue this file's text (- = stdin) and leave")
@@ -152,15 +152,15 @@ class Session:
         self.voices = [load(path, options) for path in paths]
         self.turns: list[Turn] = []
 
-    def ask(self, prompt: str, seed: int | None = None) -> None:
+    def ask(self, prompt: str, seed: int | None = None, voice: Voice | None = None) -> None:
         """Print the answer as it comes."""
+        voice, seed = voice or self.voices[0], self.seed() if seed is None else seed
         started = time.monotonic()
-        show = ignore if self.as_json else write
-        turn = answer(self.voices[0], prompt, self.options, self.seed() if seed is None else seed, show)
+        turn = answer(voice, prompt, self.options, seed, ignore if self.as_json else write)
         per_s = len(turn.tokens) / (time.monotonic() - started)
         self.turns.append(turn)
         if self.as_json:
-            facts = {"checkpoint": self.voices[0].name, "step": self.voices[0].step, "options": asdict(self.options)}
+            facts = {"checkpoint": voice.name, "step": voice.step, "options": asdict(self.options)}
             print(json.dumps({**asdict(turn), "tokens_per_s": round(per_s, 1), **facts}), flush=True)
         else:
             print(flush=True)
@@ -595,8 +595,12 @@ def main(args: Any) -> None:
         print("A base model: it continues your text, and knows no questions or turns. /help lists commands.")
     if prompt is None:
         converse(session)
+    elif len(paths) > 1 and not args.json:
+        side_by_side(session, prompt)
     else:
-        session.ask(prompt)
+        seed = session.seed()
+        for voice in session.voices:
+            session.ask(prompt, seed, voice)
     print(end="", flush=True)  # a closed pipe shows here, inside config.run
 
 

@@ -166,6 +166,9 @@ def test_a_terminal(paths: tuple[str, str], tmp_path: Path) -> None:
     child.sendintr()
     child.expect(r"stopped\)")
     child.expect("\n> ")
+    child.send("/probs\r")  # what there is of it
+    child.expect("probability at least")
+    child.expect("\n> ")
     child.sendintr()
     child.expect(r"Ctrl-D or /quit leaves")
     child.expect("\n> ")
@@ -321,7 +324,13 @@ def test_one_answer_from_the_command_line_as_json(
     assert objects[0].items() <= objects[1].items()
     session = session_of(paths[0], seed=3)
     session.ask("The sky")
+    capsys.readouterr()
     assert {**objects[0], **asdict(session.last())} == objects[0]
+    for flag in (flags, flags[:-1]):  # both checkpoints: an object each, or side by side
+        chat.main(chat.parse([*paths, "--prompt=The sky", *flag]))
+    one, other, *rows = capsys.readouterr().out.splitlines()
+    assert json.loads(one)["text"] == objects[0]["text"] != json.loads(other)["text"]
+    assert any(re.match(r"The\b.* \| The\b", row) for row in rows)
 
 
 @pytest.mark.parametrize(
