@@ -5,12 +5,15 @@
     python benchmark.py data --source="my/*.jsonl.gz" --repeat=1
     python benchmark.py hellaswag                     # seconds per item, beside lm_eval and the seed's way
     python benchmark.py checkpoint                    # how long a save holds up training
+    python benchmark.py decode --rounds=3             # tokens per second of the 416M shape, beside transformers and others
+    python benchmark.py decode --checkpoint=runs/mine --source=data/mine   # what bf16 and int8 cost in validation loss
 
 Everything of one table is measured in one run, best of --rounds: compare rows, not days. Reads the source (default: real
 text beside the repository, or else the Python reference), writes only below a temporary folder.
 """
 
 import contextlib
+import copy
 import functools
 import gzip
 import importlib.util
@@ -421,18 +424,196 @@ def hellaswag_report(rates: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# ---- decode ----------------------------------------------------------------------------------------------------------
+
+SHAPE_124M: dict[str, Any] = {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 2048, "vocab_size": 50257}
+
+
+def decode_benchmark(rounds: int, n_tokens: int, device: str, peers: str | None = None, **shape: Any) -> dict[str, Any]:
+    """New tokens per second, prompt of 32 included, of each way to decode the same random weights, one round after the other."""
+    import torch
+
+    import inference
+    from model import ModelConfig, Transformer
+
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{"vocab_size": 50257, **shape})).to(device).eval()
+    prompt = torch.randint(0, 50257, (32,), generator=torch.Generator().manual_seed(0)).tolist()
+    ways: dict[str, Callable[[int], list[int]]] = {}
+    reads: dict[str, int] = {}
+
+    def add(name: str, dtype: str, way: Callable[[int], list[int]], network: Any = model) -> None:
+        ways[f"{name}, {dtype}"], reads[f"{name}, {dtype}"] = way, inference.bytes_per_token(network, dtype)
+
+    for dtype in ("fp32", "bf16", "int8"):
+        ready = inference.prepare(copy.deepcopy(model), dtype)
+        step = inference.Step(ready) if device.startswith("cuda") else None
+        if step is not None:
+            step.compile(mode="reduce-overhead", fullgraph=True)
+        ours = functools.partial(_our_way_to_decode, ready, prompt)
+        add("ours", dtype, functools.partial(ours, step=step))
+        if (
+            dtype != "fp32"
+        ):  # random weights soon go round in circles, the text that repeats itself; drawn they never do
+            add("ours, guessing ahead", dtype, functools.partial(ours, lookup=8))
+            add("ours, drawn", dtype, functools.partial(ours, temperature=1.0, seed=0))
+            add("ours, drawn, guessing ahead", dtype, functools.partial(ours, temperature=1.0, seed=0, lookup=8))
+            add("ours, batch of 8", dtype, functools.partial(_our_batch, ready, prompt))
+    for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        plain = copy.deepcopy(model).to(kind)
+        for name, way in {SEED: _seed_way_to_decode, **_functions_of(peers)}.items():
+            add(name, dtype, functools.partial(way, plain, prompt))
+        for cache in ("dynamic", "static"):
+            with contextlib.suppress(ImportError):
+                add(f"transformers, {cache} cache", dtype, _transformers_way(plain, prompt, cache))
+        if not shape:
+            small = Transformer(ModelConfig(**SHAPE_124M)).to(device, kind).eval()
+            way = functools.partial(_our_way_to_decode, small, prompt, use_cache=False)
+            add("nanoGPT's way (no cache), 124M", dtype, way, small)
+    memory = inference.bandwidth(torch.device(device))
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):  # the first is to warm up
+        for name, way in ways.items():
+            started = time.perf_counter()
+            made = len(way(n_tokens if turn else 8))
+            rates[name] += [made / (time.perf_counter() - started)] if turn else []
+        memory = max(memory, inference.bandwidth(torch.device(device)))
+    found = {
+        name: {"tokens_per_s": statistics.median(r), "rounds": r, "gb_per_s": statistics.median(r) * reads[name] / 1e9}
+        for name, r in rates.items()
+    }
+    facts = {"parameters": model.num_params(), "new_tokens": n_tokens, "threads": torch.get_num_threads()}
+    return {**facts, "device": device, "memory_gb_per_s": memory / 1e9, "ways": found}
+
+
+def _seed_way_to_decode(model: Any, prompt: list[int], n_tokens: int) -> list[int]:
+    """Weights as they come, all logits, the cache beforehand, text and tokens glued on the device."""
+    import torch
+
+    from model import KVCache
+
+    tokens = new = torch.tensor([prompt], device=model.embed_tokens.weight.device)
+    cache = KVCache(len(prompt) + n_tokens)
+    with torch.inference_mode():
+        for _ in range(n_tokens):
+            new = model(new, cache=cache)[:, -1].argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, new], dim=1)
+    return tokens[0, len(prompt) :].tolist()
+
+
+def _our_way_to_decode(model: Any, prompt: list[int], n_tokens: int, **options: Any) -> list[int]:
+    from model import generate
+
+    return list(generate(model, prompt, n_tokens, **{"temperature": 0.0, **options}))
+
+
+def _our_batch(model: Any, prompt: list[int], n_tokens: int) -> list[int]:
+    from model import generate_batch
+
+    return [token for row in generate_batch(model, [prompt] * 8, n_tokens, temperature=0.0) for token in row]
+
+
+def _transformers_way(model: Any, prompt: list[int], cache: str) -> Callable[[int], list[int]]:
+    """transformers' generate on the same weights in memory."""
+    import torch
+    import transformers
+
+    import convert_hf
+
+    config = transformers.LlamaConfig(**{**convert_hf.hf_config(model.config), "torch_dtype": model.norm.weight.dtype})
+    with torch.device("meta"):
+        network: Any = transformers.LlamaForCausalLM(config)
+    weights = convert_hf.to_hf(model)
+    network.load_state_dict({"lm_head.weight": weights["model.embed_tokens.weight"], **weights}, assign=True)
+    network.model.rotary_emb = type(network.model.rotary_emb)(config)
+    network.to(model.norm.weight.device).eval()
+    ids = torch.tensor([prompt], device=model.norm.weight.device)
+    options: Any = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+    options |= {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
+
+    def run(n: int) -> list[int]:
+        with torch.inference_mode():
+            text = network.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)
+        return text[0, len(prompt) :].tolist()
+
+    return run
+
+
+def decode_report(rates: dict[str, Any]) -> str:
+    """One row per way, and how the promised ratios came out."""
+    ways, memory = rates["ways"], rates["memory_gb_per_s"]
+    lines = [
+        f"{rates['parameters'] / 1e6:.0f}M parameters, 32 + {rates['new_tokens']} tokens, {rates['device']}, "
+        f"{rates['threads']} threads, memory {memory:.1f} GB/s",
+        f"{'':42} tokens/s (min..max)   GB/s of weights  of the memory's",
+    ]
+    for name, way in ways.items():
+        low, high = min(way["rounds"]), max(way["rounds"])
+        share = (
+            "" if any(word in name for word in ("batch", "ahead", "no cache")) else f"{way['gb_per_s'] / memory:.0%}"
+        )
+        moved = f"{way['gb_per_s']:16.1f} {share:>15}" if share else ""
+        lines.append(f"{name:42} {way['tokens_per_s']:8.1f} ({low:.1f}..{high:.1f}) {moved}")
+
+    def ratio(one: str, *others: str) -> str:
+        return f"{ways[one]['tokens_per_s'] / max(ways[name]['tokens_per_s'] for name in others):.2f}"
+
+    peers = [name for name in ways if name.endswith("bf16") and not name.startswith(("ours", "nanoGPT"))]
+    lines += [
+        f"bf16 / the best peer's bf16 (1.2 promised):     {ratio('ours, bf16', *peers)}",
+        f"int8 / our bf16 (1.6):                          {ratio('ours, int8', 'ours, bf16')}",
+        f"int8 / the seed's fp32 (3.5):                   {ratio('ours, int8', f'{SEED}, fp32')}",
+    ]
+    for dtype in ("bf16", "int8"):
+        loop = ratio(f"ours, guessing ahead, {dtype}", f"ours, {dtype}")
+        other = ratio(f"ours, drawn, guessing ahead, {dtype}", f"ours, drawn, {dtype}")
+        lines.append(f"{dtype}, guessing ahead, in a loop / else (1.3 / 1): {loop} / {other}")
+    return "\n".join(lines)
+
+
+def loss_benchmark(path: str, source: str, n_tokens: int, device: str) -> dict[str, float]:
+    """Validation loss of a checkpoint, nats per token, with the weights that each --dtype of chat.py makes of it."""
+    import torch
+
+    import checkpoint
+    import inference
+    from shards import validation_batches
+
+    losses = {}
+    for dtype in ("fp32", "bf16", "int8"):
+        model = inference.prepare(checkpoint.load_model(path, device)[0], dtype)
+        total, count = 0.0, 0
+        with torch.inference_mode():
+            for inputs, targets in validation_batches(
+                {source: 1.0}, seq_len=model.config.seq_len, batch_size=4, max_tokens=n_tokens
+            ):
+                total += float(model(inputs.to(device), targets.to(device), reduction="sum"))
+                count += int((targets >= 0).sum())
+        losses[dtype] = total / count
+        print(
+            f"{dtype}  validation loss {losses[dtype]:.5f} over {count:,} tokens ({losses[dtype] - losses['fp32']:+.5f})"
+        )
+    return losses
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = config.ArgumentParser()
-    parser.add_argument("section", choices=["data", "checkpoint", "hellaswag"], help="what to measure")
+    parser.add_argument("section", choices=["data", "checkpoint", "hellaswag", "decode"], help="what to measure")
     parser.add_argument("--source", default="", help="JSONL files of text (default: ../shared/data/textbooks/train*)")
     parser.add_argument("--repeat", type=int, default=40, help="times to read the source, for enough text [40]")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of which the best counts [2]")
     parser.add_argument("--data", default=str(ITEMS), help="HellaSwag items (.jsonl) (default: ../shared/data)")
     parser.add_argument("--num_examples", type=int, default=150, help="the first N of them [150]")
-    parser.add_argument("--peers", help="a .py file of other ways: functions of (model, tokenizer, items)")
+    parser.add_argument(
+        "--peers",
+        help="a .py file of other ways: functions of (model, tokenizer, items); decode: of (model, prompt, n_tokens)",
+    )
+    parser.add_argument("--new_tokens", type=int, default=128, help="decode: tokens to write [128]")
+    parser.add_argument("--device", default="cpu", help="decode: cpu or cuda [cpu]")
+    parser.add_argument("--checkpoint", help="decode: measure validation loss instead, on the shards in --source")
     parser.add_argument("--output", help="write the numbers to this .json file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -444,6 +625,11 @@ def main() -> None:
         elif args.section == "hellaswag":
             rates = hellaswag_benchmark(args.data, args.num_examples, args.rounds, args.peers, folder)
             print(hellaswag_report(rates))
+        elif args.section == "decode" and args.checkpoint:
+            rates = loss_benchmark(args.checkpoint, args.source, 50_000, args.device)
+        elif args.section == "decode":
+            rates = decode_benchmark(args.rounds, args.new_tokens, args.device, args.peers)
+            print(decode_report(rates))
         else:
             rates = checkpoint_benchmark(args.rounds, folder)
             print(checkpoint_report(rates))

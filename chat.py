@@ -23,13 +23,13 @@ import re
 import shutil
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unicodedata import category, east_asian_width
 
 import config
 
@@ -46,7 +46,9 @@ class Options:
     repetition_penalty: float | None = None  # above 1: tokens already in the text become less likely; none = 1
     seed: int | None = None  # the same seed gives the same answer to a prompt; none = a new one each time
     device: str | None = None  # cpu or cuda; none = cuda if there is one
-    dtype: Literal["fp32", "bf16"] | None = None  # precision of the weights; none = bf16 on a GPU, else fp32
+    dtype: Literal["fp32", "bf16", "int8"] | None = None  # of the weights; none = bf16 on a GPU, else fp32
+    lookup: int = 8  # tokens to guess at once where the text repeats itself: the same text, sooner; 0 = none
+    compile: bool = False  # on a GPU: a minute to begin with, then tokens in a fraction of the time; int8 needs it
 
     def __post_init__(self) -> None:
         for name, holds, limits in (
@@ -56,6 +58,7 @@ class Options:
             ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1, or none"),
             ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1, or none"),
             ("repetition_penalty", lambda x: x > 0, "above 0, or none"),
+            ("lookup", lambda x: x >= 0, "at least 0"),
             ("seed", lambda x: 0 <= x < 2**63, "from 0 to 2**63 - 1, or none"),
         ):
             value = getattr(self, name)
@@ -67,7 +70,7 @@ def parse(argv: list[str] | None = None) -> Any:
     """The command line, its `options` checked. Runs before torch is imported, which takes seconds."""
     parser = config.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file, run directory or Hub id")
-    parser.add_argument("checkpoint2", metavar="CHECKPOINT2", nargs="?", help="another one, for /compare")
+    parser.add_argument("checkpoint2", metavar="CHECKPOINT2", nargs="?", help="another one, for /compare and --prompt")
     once = parser.add_mutually_exclusive_group()
     once.add_argument("--prompt", metavar="TEXT", help="continue this text and leave")
     once.add_argument("--prompt_file", metavar="FILE", help="continue this file's text (- = stdin) and leave")
@@ -93,6 +96,7 @@ if __name__ == "__main__":
 import torch
 
 import checkpoint
+from inference import Step, bandwidth, bytes_per_token, choose_threads, prepare
 from model import Transformer, generate
 from shards import Tokenizer, load_tokenizer
 
@@ -115,13 +119,17 @@ class Voice(NamedTuple):
     step: int
     model: Transformer
     tokenizer: Tokenizer
+    dtype: str
+    n_params: int
+    bytes_per_token: int
+    compiled: Step | None = None
 
     def __str__(self) -> str:
-        weight, size = self.model.embed_tokens.weight, self.model.num_params() / 1e6
-        dtype = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
+        device = self.model.embed_tokens.weight.device
+        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
         return visible(
-            f"{self.name}: step {self.step:,}, {size:.1f}M parameters, {self.tokenizer.name} tokenizer, "
-            f"context of {self.model.config.seq_len} tokens, {dtype} on {weight.device}"
+            f"{self.name}: step {self.step:,}, {self.n_params / 1e6:.1f}M parameters, {self.tokenizer.name} tokenizer, "
+            f"context of {self.model.config.seq_len} tokens, {self.dtype} on {device}{threads}"
         )
 
 
@@ -144,15 +152,15 @@ class Session:
         self.voices = [load(path, options) for path in paths]
         self.turns: list[Turn] = []
 
-    def ask(self, prompt: str, seed: int | None = None) -> None:
+    def ask(self, prompt: str, seed: int | None = None, voice: Voice | None = None) -> None:
         """Print the answer as it comes."""
+        voice, seed = voice or self.voices[0], self.seed() if seed is None else seed
         started = time.monotonic()
-        show = ignore if self.as_json else write
-        turn = answer(self.voices[0], prompt, self.options, self.seed() if seed is None else seed, show)
+        turn = answer(voice, prompt, self.options, seed, ignore if self.as_json else write)
         per_s = len(turn.tokens) / (time.monotonic() - started)
         self.turns.append(turn)
         if self.as_json:
-            facts = {"checkpoint": self.voices[0].name, "step": self.voices[0].step, "options": asdict(self.options)}
+            facts = {"checkpoint": voice.name, "step": voice.step, "options": asdict(self.options)}
             print(json.dumps({**asdict(turn), "tokens_per_s": round(per_s, 1), **facts}), flush=True)
         else:
             print(flush=True)
@@ -183,9 +191,17 @@ def load(path: str, options: Options) -> Voice:
     tokenizer = load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256"))
     if not model.config.causal:
         raise ValueError(f"{path} sees the text on both sides (causal = false); chat.py needs a model that continues")
-    if (options.dtype or ("fp32" if device == "cpu" else "bf16")) == "bf16":
-        model.to(torch.bfloat16)
-    return Voice(meta["path"], meta["step"], model, tokenizer)
+    dtype = options.dtype or ("fp32" if device == "cpu" else "bf16")
+    size = model.num_params(), bytes_per_token(model, dtype)
+    prepare(model, dtype)
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        choose_threads(model)
+    step = Step(model) if options.compile else None
+    if step is not None:
+        if not str(device).startswith("cuda"):
+            raise ValueError(f"compile = true is for a GPU, the device is {device}; leave it out")
+        step.compile(mode="reduce-overhead", fullgraph=True)
+    return Voice(meta["path"], meta["step"], model, tokenizer, dtype, *size, step)
 
 
 # ---- Text in, text out -----------------------------------------------------------------------------------------------
@@ -232,7 +248,8 @@ def answer(voice: Voice, prompt: str, options: Options, seed: int, show: Callabl
         raise ValueError("the prompt is empty; the model needs a text to continue")
     turn, tokens = Turn(prompt, seed), encode(voice, prompt)
     sampling = {name: getattr(options, name) for name in SAMPLING}
-    stream = generate(voice.model, tokens, options.max_tokens, **sampling, seed=seed, stop_token=voice.tokenizer.eot_id)
+    ways: dict[str, Any] = {"lookup": options.lookup, "step": voice.compiled, "stop_token": voice.tokenizer.eot_id}
+    stream = generate(voice.model, tokens, options.max_tokens, **sampling, **ways, seed=seed)
     with contextlib.suppress(KeyboardInterrupt):
         for token, text in pieces(voice, stream):
             turn.tokens += [token] if token >= 0 else []
@@ -251,22 +268,41 @@ def probabilities(voice: Voice, prompt: list[int], tokens: list[int]) -> list[fl
     return chances.flatten()[-len(tokens) :].tolist()
 
 
-def timed(voice: Voice, prompt: list[int], n_tokens: int, use_cache: bool = True) -> tuple[list[int], float, float]:
+def timed(voice: Voice, prompt: list[int], n_tokens: int, **ways: Any) -> tuple[list[int], float, float]:
     """Greedy tokens, seconds to the first of them (prefill), seconds for the others (decode)."""
     tokens, first = [], 0.0
     started = time.perf_counter()
-    for token in generate(voice.model, prompt, n_tokens, temperature=0, use_cache=use_cache):
+    for token in generate(voice.model, prompt, n_tokens, temperature=0, **{"step": voice.compiled, **ways}):
         first = first or time.perf_counter()
         tokens.append(token)
     return tokens, first - started, time.perf_counter() - first
 
 
 def columns(texts: list[str], width: int) -> str:
-    """Texts beside each other, wrapped, in `width` characters."""
+    """Texts beside each other, wrapped, in `width` cells of a terminal."""
     each = max(10, (width - 3 * (len(texts) - 1)) // len(texts))
-    wrapped = [[row for line in text.split("\n") for row in textwrap.wrap(line, each) or [""]] for text in texts]
+    wrapped = [[row for line in text.split("\n") for row in wrap(line, each)] for text in texts]
     rows = zip_longest(*wrapped, fillvalue="")
-    return "\n".join(" | ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)
+    return "\n".join(" | ".join(cell + " " * (each - cells(cell)) for cell in row).rstrip() for row in rows)
+
+
+def wrap(line: str, width: int) -> list[str]:
+    """Rows of at most `width` cells, cut between words, or within one that is longer than a row."""
+    rows = [""]
+    for word in re.split(r"(?<=\s)(?=\S)", line.expandtabs(4)):  # each with the spaces behind it
+        if rows[-1] and cells(rows[-1] + word.rstrip()) > width:
+            rows.append("")
+        for character in word.rstrip():
+            rows += [""] if cells(rows[-1] + character) > width else []
+            rows[-1] += character
+        rows[-1] += word[len(word.rstrip()) :]
+    return [row.rstrip() for row in rows]
+
+
+def cells(text: str) -> int:
+    """How wide a terminal shows `text`: Chinese, Japanese, Korean and emoji take two cells, combining marks none."""
+    marks = ("Mn", "Me", "Cf")
+    return sum(1 + (east_asian_width(c) in "WF") for c in text if category(c) not in marks)
 
 
 @contextlib.contextmanager
@@ -303,7 +339,7 @@ def set_option(session: Session, argument: str) -> None:
         print("\n".join(f"{key} {'none' if values[key] is None else values[key]}" for key in shown))
         return
     options = config.from_dict(Options, {**values, name: value.strip()})
-    if (options.device, options.dtype) != (session.options.device, session.options.dtype):
+    if any(getattr(options, name) != values[name] for name in ("device", "dtype", "compile")):
         session.voices = [load(path, options) for path in session.paths]
     session.options = options
 
@@ -346,27 +382,48 @@ def bench(session: Session, argument: str) -> None:
             _, prefill_s, decode_s = timed(voice, prompt, n_tokens)
             rows[run] = (1000 * prefill_s, len(prompt) / prefill_s, (n_tokens - 1) / decode_s)
             print("{:>6} {:14.1f} {:17.1f} {:17.1f}".format(run, *rows[run]), flush=True)
-        medians = map(statistics.median, zip(*rows.values(), strict=True))
+        *_, decode = medians = [statistics.median(column) for column in zip(*rows.values(), strict=True)]
         print("{:>6} {:14.1f} {:17.1f} {:17.1f}".format("median", *medians))
+        print(limit_line(voice, decode), flush=True)
+
+
+def limit_line(voice: Voice, tokens_per_s: float) -> str:
+    """How near a speed is to what the memory allows."""
+    gives = bandwidth(voice.model.embed_tokens.weight.device)
+    most = gives / voice.bytes_per_token
+    return (
+        f"{voice.bytes_per_token / 1e6:.1f} MB of weights per token from a memory of {gives / 1e9:.1f} GB/s: "
+        f"at most {most:.1f} tokens/s, {tokens_per_s / most:.0%} reached"
+    )
 
 
 def compare(session: Session, argument: str) -> None:
-    """/compare [PROMPT]: speed with and without KV cache; with a second checkpoint, both answers side by side"""
+    """/compare [PROMPT]: speed without and with KV cache, and guessing ahead; with a second checkpoint, both answers"""
     prompt, n_tokens = argument or PROMPT, min(session.options.max_tokens, COMPARE_TOKENS)
+    ways = {"without KV cache": {"use_cache": False}, "with KV cache": {}}
+    ways |= {"and guessing": {"lookup": session.options.lookup, "step": None}} if session.options.lookup else {}
     for voice in session.voices:
         print(voice, flush=True)
         tokens, found, seconds = encode(voice, prompt), [], []
-        for name, use_cache in (("with KV cache", True), ("without", False)):
-            timed(voice, tokens, 2, use_cache)  # warm-up
-            new, prefill_s, decode_s = timed(voice, tokens, n_tokens, use_cache)
+        for name, way in ways.items():
+            timed(voice, tokens, 2, **way)  # warm-up
+            new, prefill_s, decode_s = timed(voice, tokens, n_tokens, **way)
             found.append(new)
             seconds.append(prefill_s + decode_s)
-            print(f"{name:>15} {n_tokens} tokens in {seconds[-1]:.2f} s = {n_tokens / seconds[-1]:.1f} tokens/s")
-        differ = [i for i, (a, b) in enumerate(zip(*found, strict=True)) if a != b]
-        same = f"greedy tokens differ from number {differ[0] + 1} on" if differ else "the same greedy tokens"
-        print(f"{same}, {seconds[1] / seconds[0]:.2f}x the speed with the cache", flush=True)
+            print(
+                f"{name:>16} {n_tokens} tokens in {seconds[-1]:.2f} s = {n_tokens / seconds[-1]:.1f} tokens/s, "
+                f"{seconds[0] / seconds[-1]:.2f}x, {agreement(found[0], new)}",
+                flush=True,
+            )
+        print(limit_line(voice, n_tokens / seconds[1]), flush=True)
     if len(session.voices) > 1:
         side_by_side(session, prompt)
+
+
+def agreement(one: list[int], other: list[int]) -> str:
+    """Whether two ways to decode wrote the same; rounding may turn a tie."""
+    differ = [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
+    return f"greedy tokens differ from number {differ[0] + 1} on" if differ else "the same greedy tokens"
 
 
 def side_by_side(session: Session, prompt: str) -> None:
@@ -538,8 +595,12 @@ def main(args: Any) -> None:
         print("A base model: it continues your text, and knows no questions or turns. /help lists commands.")
     if prompt is None:
         converse(session)
+    elif len(paths) > 1 and not args.json:
+        side_by_side(session, prompt)
     else:
-        session.ask(prompt)
+        seed = session.seed()
+        for voice in session.voices:
+            session.ask(prompt, seed, voice)
     print(end="", flush=True)  # a closed pipe shows here, inside config.run
 
 

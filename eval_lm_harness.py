@@ -56,12 +56,11 @@ if __name__ == "__main__":
     ARGS = parse()
 
 import torch
-from torch import Tensor
 
 import checkpoint
 import distributed
 from eval_hellaswag import fit, score_rows
-from model import KVCache, Transformer, sample
+from model import Transformer, generate_batch
 from shards import load_tokenizer
 
 GENERATED_AT_ONCE = 32
@@ -168,7 +167,7 @@ class Requests:
         prompts = [prompt[-max(1, self.max_length - n) :] for prompt in prompts]
         rows: list[list[int]] = [[] for _ in prompts]
         texts: dict[int, str] = {}
-        for drawn in decode(self.model, prompts, n, draws, self.dtype):
+        for drawn in self._drawn(prompts, n, draws):
             for b, token in enumerate(drawn):
                 if b not in texts:
                     rows[b] += [token] if token != self.eot_token_id else []
@@ -180,25 +179,16 @@ class Requests:
                 break
         return [texts[b] if b in texts else self.encoding.decode(row) for b, row in enumerate(rows)]
 
-
-def decode(
-    model: Transformer, prompts: list[list[int]], n: int, draws: dict[str, Any], dtype: torch.dtype | None
-) -> Iterator[list[int]]:
-    """Yield `n` times the next token of every prompt. Prompts are padded on the left; padding sees only itself."""
-    device, T = model.embed_tokens.weight.device, max(map(len, prompts))
-    padding = torch.tensor([T - len(prompt) for prompt in prompts], device=device)  # [B]
-    tokens = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)  # [B, T]
-    real = torch.arange(T + n, device=device) >= padding[:, None]  # [B, T+n]
-    ones = torch.ones(T, T, dtype=torch.bool, device=device)
-    mask = (real[:, None, :T] & ones.tril()) | ones.tril().triu()  # [B, T, T]
-    positions = (torch.arange(T, device=device) - padding[:, None]).clamp(min=0)  # [B, T]
-    cache, generator = KVCache(T + n), torch.Generator(device).manual_seed(0)
-    for length in range(T, T + n):
-        with torch.inference_mode(), torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            hidden = model.hidden(tokens, cache=cache, positions=positions, mask=mask[:, None])
-            drawn: Tensor = sample(model.head(hidden[:, -1]), generator=generator, **draws)  # [B]
-        yield drawn.tolist()
-        tokens, positions, mask = drawn[:, None], (length - padding)[:, None], real[:, None, : length + 1]
+    def _drawn(self, prompts: list[list[int]], n: int, draws: dict[str, Any]) -> Iterator[list[int]]:
+        """`n` times the next token of every prompt, in this precision."""
+        stream = generate_batch(self.model, prompts, n, seed=0, **draws)
+        device = self.model.embed_tokens.weight.device.type
+        while True:
+            with torch.autocast(device, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+                drawn = next(stream, None)
+            if drawn is None:
+                return
+            yield drawn
 
 
 def harness_model(model: Transformer, tokenizer: Any, dtype: torch.dtype | None = None, progress: bool = False) -> Any:

@@ -14,19 +14,24 @@ so exporting is a rename. Copy this file into another project: it needs torch al
 # V vocabulary (padded), F ffn_dim, L layers
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 INIT_STD = 0.02
 VOCAB_MULTIPLE = 128  # matmuls with 50304 columns are faster than with 50257; modded-nanogpt and nanochat do the same
 IGNORED = -100  # a target that carries no loss
+FEW = 16  # tokens after what a cache holds that attend one by one
 LOSS_CHUNK = 2**24  # logits that exist at once in an eager loss: 64 MB; larger chunks were no faster
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Llama 3's names
+# For prompts: cuDNN, the default of new GPUs, plans each new length anew, 23-37 ms on the host.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -116,15 +121,24 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # [B, K, S + T, H]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.n_kv_heads != self.n_heads
-        )
+        out = attend(q, k, v, mask, is_causal)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
 def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """[..., H] normalised in the dtype of x: an fp32 gain under autocast would take the slow way, and queries to fp32."""
     return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.eps)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Attention of q [B, N, T, H] over k, v [B, K, S, H]; causal: q are the last T of the S tokens."""
+    T, S, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if is_causal and T < S:  # SDPA's is_causal would take q for the first T
+        if T <= FEW:  # each as if it came alone, rounding included
+            alone = (attend(q[:, :, t : t + 1], k[:, :, : S - T + t + 1], v[:, :, : S - T + t + 1], None, False) for t in range(T))  # fmt: skip
+            return torch.cat(list(alone), dim=2)
+        mask, is_causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
 
 class SwiGLU(nn.Module):
@@ -244,11 +258,7 @@ class Transformer(nn.Module):
         cos, sin = self.rope_cos[at], self.rope_sin[at]  # [T, H/2] or [B, T, H/2]
         if positions is not None:
             cos, sin = cos[:, None], sin[:, None]  # [B, 1, T, H/2]
-        is_causal = mask is None and self.config.causal and T > 1 and start == 0
-        if (
-            mask is None and self.config.causal and T > 1 and start > 0
-        ):  # a later chunk: SDPA's is_causal aligns top-left
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(diagonal=start)
+        is_causal = mask is None and self.config.causal and T > 1
         x = self.embed_tokens(tokens)  # [B, T, D]
         for i, block in enumerate(self.layers):
             x = block(x, cos, sin, mask, is_causal, cache, i)
@@ -258,7 +268,10 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] to logits [..., V]."""
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        table = self.embed_tokens if self.lm_head is None else self.lm_head
+        if not isinstance(table, nn.Embedding | nn.Linear):  # of inference.prepare
+            return table(hidden)
+        weight = table.weight
         bias = self.padding_bias
         if bias is None or torch.is_grad_enabled():
             return F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
@@ -282,8 +295,9 @@ class Transformer(nn.Module):
         weights = counted if loss_weights is None else counted * loss_weights  # [B, T]
         if reduction == "mean":
             weights = weights / (counted.sum() if loss_weights is None else counted.numel())
-        if reduction != "none" and not torch.compiler.is_compiling():  # eager: a chunk of the logits at a time
-            table, size = self.embed_tokens if self.lm_head is None else self.lm_head, self.config.vocab_size
+        table, size = self.embed_tokens if self.lm_head is None else self.lm_head, self.config.vocab_size
+        if reduction != "none" and isinstance(table, nn.Embedding | nn.Linear) and not torch.compiler.is_compiling():
+            # eager: a chunk of the logits at a time
             return LinearCrossEntropy.apply(hidden.flatten(0, -2), table.weight, targets.flatten(), weights.flatten(), size, z_loss)  # fmt: skip
         logits = self.head(hidden).float().flatten(0, -2)  # [B*T, V]; one fused kernel when compiled
         losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
@@ -366,8 +380,8 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, K, T, H] after the tokens held; return all of them, [B, K, S + T, H]."""
         B, K, T, H = k.shape
-        if layer not in self.entries:
-            self.entries[layer] = (k.new_empty(B, K, self.max_len, H), v.new_empty(B, K, self.max_len, H))
+        if layer not in self.entries:  # zeros: what `Step` masks must still be a number
+            self.entries[layer] = (k.new_zeros(B, K, self.max_len, H), v.new_zeros(B, K, self.max_len, H))
         keys, values = self.entries[layer]
         end = self.length + T
         keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
@@ -435,37 +449,122 @@ def generate(
     seed: int | None = None,
     stop_token: int | None = None,
     use_cache: bool = True,
+    lookup: int = 0,
+    step: Any = None,
 ) -> Iterator[int]:
     """Yield the tokens that continue `prompt` (at least one token), one by one; `stop_token` ends it unseen.
 
-    Past the context the oldest half is forgotten, with and without cache alike, so both give the same tokens.
+    Past the context the oldest half is forgotten, with and without cache alike, so both give the same tokens. So does
+    lookup, the number of tokens to guess ahead where the text repeats itself; step is inference.Step, compiled.
     """
     assert prompt, "a prompt has at least one token"
     device = model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
     limit = model.config.seq_len
     window = list(prompt[-limit:])
-    cache, unseen = KVCache(limit) if use_cache else None, window
-    for _ in range(max_new_tokens):
-        if len(window) > limit:
-            window = window[-(limit // 2 or 1) :]
-            cache, unseen = KVCache(limit) if use_cache else None, window
-        logits = next_logits(model, unseen if use_cache else window, cache)
+
+    def draw(logits: Tensor) -> Tensor:
         if repetition_penalty is not None:
             logits = penalize(logits, torch.tensor([window], device=device), repetition_penalty)
-        token = int(sample(logits, temperature, top_k, top_p, generator, min_p))
-        if token == stop_token:
-            return
-        yield token
-        window.append(token)
-        unseen = [token]
+        return sample(logits, temperature, top_k, top_p, generator, min_p)
+
+    left = max_new_tokens
+    while left > 0:
+        room = min(limit, len(window) + left)
+        if step is not None and repetition_penalty is None:  # a penalty reads the text, which is still on its way
+            tokens = step.stream(window, draw)
+        else:
+            tokens = _guess(model, window, draw, room, lookup) if use_cache else _from_scratch(model, window, draw)
+        for token in tokens:
+            if token == stop_token:
+                return
+            yield token
+            window.append(token)
+            left -= 1
+            if left == 0 or len(window) > limit:
+                break
+        window = window[-(limit // 2 or 1) :]
+
+
+def _from_scratch(model: Transformer, window: list[int], draw: Callable[[Tensor], Tensor]) -> Iterator[int]:
+    """The next tokens of `window`, which the caller extends, without a cache."""
+    while True:
+        yield int(draw(next_logits(model, window)))
+
+
+def _guess(
+    model: Transformer, window: list[int], draw: Callable[[Tensor], Tensor], room: int, lookup: int
+) -> Iterator[int]:
+    """The next tokens of `window`, which the caller extends, through a cache of `room` tokens.
+
+    Prompt lookup: where the text's end was there before, what followed then is read along with the last token, and as
+    much of it is kept as the model says itself. Each token is drawn as without a guess, so the text is the same: greedy
+    or not. Short rows cost little more than one token, since the time goes into reading the weights.
+    """
+    cache, unseen, guess = KVCache(room), list(window), []
+    match, length = 2, min(4, lookup)  # tokens that must agree before a guess, and how many to guess; both learn
+    while True:
+        rows = next_logits(model, unseen + guess, cache, last=len(guess) + 1)  # [1 + guess, V]
+        kept = 0
+        for kept, expected in enumerate([*guess, None]):
+            token = int(draw(rows[kept : kept + 1]))
+            yield token
+            if token != expected:
+                break
+        cache.length -= len(guess) - kept
+        if guess:
+            hit = kept == len(guess)
+            match, length = (2, min(2 * length, lookup)) if hit else (min(match + (kept == 0), 8), max(1, kept))
+        unseen, guess = [token], look_up(window, match, min(length, room - cache.length - 1)) if lookup else []
+
+
+def look_up(window: list[int], match: int, length: int) -> list[int]:
+    """The `length` tokens that followed the last `match` tokens of `window` when they were there before, or none.
+
+    Where they run into the end of the window, the guess goes on with itself: a loop is guessed round and round.
+    """
+    end, n = window[-match:], len(window)
+    for at in range(n - match - 1, max(-1, n - 4096), -1):
+        if window[at] == end[0] and window[at : at + match] == end:
+            period = n - match - at
+            return [window[at + match + i % period] for i in range(length)]
+    return []
+
+
+def generate_batch(
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, seed: int | None = None, **sampling: Any
+) -> Iterator[list[int]]:
+    """Yield `max_new_tokens` times the next token of every prompt, at once; `sampling` is that of `sample`.
+
+    Prompts are padded on the left; padding sees only itself. Longest prompt and new tokens must fit the context.
+    """
+    device, T = model.embed_tokens.weight.device, max(map(len, prompts))
+    if T + max_new_tokens > model.config.seq_len:
+        limit = model.config.seq_len
+        raise ValueError(f"{T} + {max_new_tokens} tokens exceed the context of {limit} (seq_len); shorten one of them")
+    padding = torch.tensor([T - len(prompt) for prompt in prompts], device=device)  # [B]
+    tokens = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)  # [B, T]
+    real = torch.arange(T + max_new_tokens, device=device) >= padding[:, None]  # [B, S]
+    ones = torch.ones(T, T, dtype=torch.bool, device=device)
+    mask = (real[:, None, :T] & ones.tril()) | ones.tril().triu()  # [B, T, T]
+    positions = (torch.arange(T, device=device) - padding[:, None]).clamp(min=0)  # [B, T]
+    cache = KVCache(T + max_new_tokens)
+    generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
+    for length in range(T, T + max_new_tokens):
+        with torch.inference_mode():
+            hidden = model.hidden(tokens, cache=cache, positions=positions, mask=mask[:, None])
+            drawn = sample(model.head(hidden[:, -1]), generator=generator, **sampling)  # [B]
+        yield drawn.tolist()
+        tokens, positions, mask = drawn[:, None], (length - padding)[:, None], real[:, None, : length + 1]
 
 
 @torch.inference_mode()
-def next_logits(model: Transformer, tokens: list[int], cache: KVCache | None = None) -> Tensor:
-    """Logits [1, V] of the token after `tokens`, which follow what `cache` holds."""
+def next_logits(model: Transformer, tokens: list[int], cache: KVCache | None = None, last: int = 1) -> Tensor:
+    """Logits [last, V] after the last of `tokens`, and after those before it; `tokens` follow what `cache` holds."""
     ids = torch.tensor([tokens], device=model.embed_tokens.weight.device)
-    return model.head(model.hidden(ids, cache=cache)[:, -1])
+    with sdpa_kernel(ATTENTION):
+        hidden = model.hidden(ids, cache=cache)
+    return model.head(hidden[0, -last:])
 
 
 def _require(condition: bool, message: str) -> None:

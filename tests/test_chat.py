@@ -83,7 +83,8 @@ def test_bench_and_compare_of_two_checkpoints(paths: tuple[str, str]) -> None:
     done = pipe("/bench\n/compare The sky\n/nonsense\n/set top_q 3\n/set top_k 0\n", *paths, "--max_tokens=12")
     assert done.returncode == 0
     assert len(re.findall(r"^ *(?:1|2|3|median)(?: +\d+\.\d){3}$", done.stdout, re.MULTILINE)) == 2 * 4
-    assert len(re.findall(r"the same greedy tokens, \d+\.\d\dx", done.stdout)) == 2
+    assert len(re.findall(r"tokens/s, \d+\.\d\dx, the same greedy tokens", done.stdout)) == 2 * 3
+    assert len(re.findall(r"GB/s: at most [\d.]+ tokens/s, \d+% reached", done.stdout)) == 2 * 2
     assert re.search(r"^The sky.* \| The sky", done.stdout, re.MULTILINE)
     assert [line.split(";")[0] for line in done.stderr.splitlines()] == [
         "error: unknown command /nonsense",
@@ -100,6 +101,7 @@ def test_bench_and_compare_of_two_checkpoints(paths: tuple[str, str]) -> None:
         (["--top_p=1.5", "x"], "top_p must be above 0 and at most 1, or none, got 1.5"),
         (["--seed=-2", "x"], "seed must be from 0 to 2**63 - 1, or none, got -2"),
         (["--dtype=fp8", "x"], "dtype expects"),
+        (["--lookup=-1", "x"], "lookup must be at least 0, got -1"),
         (["--min_p=2", "x"], "min_p must be from 0 to 1, or none, got 2"),
         (["--repetition_penalty=0", "x"], "repetition_penalty must be above 0, or none, got 0"),
         (["--temprature=1", "x"], "unknown option --temprature; did you mean --temperature?"),
@@ -163,6 +165,9 @@ def test_a_terminal(paths: tuple[str, str], tmp_path: Path) -> None:
     child.expect(r"(?s)and the sky\"{3}\r\n.{40}")
     child.sendintr()
     child.expect(r"stopped\)")
+    child.expect("\n> ")
+    child.send("/probs\r")  # what there is of it
+    child.expect("probability at least")
     child.expect("\n> ")
     child.sendintr()
     child.expect(r"Ctrl-D or /quit leaves")
@@ -236,7 +241,7 @@ def test_a_prompt_beyond_the_context_is_cut_from_the_left_with_a_note(
 
 def test_cache_or_not_the_greedy_tokens_are_the_same(voice: chat.Voice) -> None:
     prompt = list(b"The meaning of life is")
-    cached, uncached = (chat.timed(voice, prompt, 100, use_cache)[0] for use_cache in (True, False))
+    cached, uncached = (chat.timed(voice, prompt, 100, use_cache=use)[0] for use in (True, False))
     assert cached == uncached and len(cached) == 100
 
 
@@ -260,6 +265,17 @@ def test_set_changes_what_it_names_and_reloads_for_another_precision(
     assert "temperature 0.3\ntop_k none\n" in capsys.readouterr().out
 
 
+def test_int8_and_guessing_ahead_answer_too(paths: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    plain, guessed = session_of(paths[0], seed=3, lookup=0), session_of(paths[0], seed=3, lookup=8)
+    int8 = session_of(paths[0], seed=3, dtype="int8")
+    for session in (plain, guessed, int8):
+        session.ask("The sky The sky The sky")
+    assert plain.last().tokens == guessed.last().tokens and len(int8.last().tokens) > 0
+    assert "int8 on cpu" in str(int8.voices[0])
+    with pytest.raises(ValueError, match="compile = true is for a GPU"):
+        session_of(paths[0], compile=True)
+
+
 def test_help_names_every_command(paths: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     chat.run_command(session_of(paths[0]), "/help")
     shown = capsys.readouterr().out
@@ -272,6 +288,26 @@ def test_columns_keep_every_word_of_every_text() -> None:
     assert max(map(len, chat.columns(texts, 23).split("\n"))) <= 23
     for i, text in enumerate(texts):
         assert " ".join(row[i].strip() for row in rows if len(row) > i).split() == text.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("one two three", ["one two", "three"]),
+        ("  indented", ["  indented"]),
+        ("abcdefghijklmno pq", ["abcdefghij", "klmno pq"]),
+        ("日本語日本語 ab", ["日本語日本", "語 ab"]),
+        ("e\u0301" * 10 + " x", ["e\u0301" * 10, "x"]),
+        ("a" + 5 * "😀", ["a😀😀😀😀", "😀"]),
+        ("", [""]),
+        (" " * 30, [""]),
+    ],
+)
+def test_columns_count_the_cells_of_a_terminal(text: str, rows: list[str]) -> None:
+    assert chat.wrap(text, 10) == rows and all(chat.cells(row) <= 10 for row in rows)
+    assert {
+        chat.cells(row.partition("|")[0]) for row in chat.columns([text, "x\n" * 3], 23).split("\n") if "|" in row
+    } == {11}
 
 
 def test_one_answer_from_the_command_line_as_json(
@@ -288,7 +324,13 @@ def test_one_answer_from_the_command_line_as_json(
     assert objects[0].items() <= objects[1].items()
     session = session_of(paths[0], seed=3)
     session.ask("The sky")
+    capsys.readouterr()
     assert {**objects[0], **asdict(session.last())} == objects[0]
+    for flag in (flags, flags[:-1]):  # both checkpoints: an object each, or side by side
+        chat.main(chat.parse([*paths, "--prompt=The sky", *flag]))
+    one, other, *rows = capsys.readouterr().out.splitlines()
+    assert json.loads(one)["text"] == objects[0]["text"] != json.loads(other)["text"]
+    assert any(re.match(r"The\b.* \| The\b", row) for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,15 @@ IMPORTS = {
     "trackers": set(),
     "metrics": {"config"},
     "diffusion": {"model"},
+    "inference": {"model"},
     "shards": {"config"},
     "data_pipeline": {"config", "shards"},
     "checkpoint": {"config", "model", "distributed"},
     "safety": {"distributed"},
     "eval_hellaswag": {"config", "model", "shards", "checkpoint", "distributed", "diffusion"},
-    "chat": {"config", "model", "shards", "checkpoint", "diffusion"},
+    "chat": {"config", "model", "inference", "shards", "checkpoint", "diffusion"},
 }
-IMPORTS["training"] = IMPORTS.keys() - {"chat", "data_pipeline"}
+IMPORTS["training"] = IMPORTS.keys() - {"chat", "data_pipeline", "inference"}
 EXTRAS = (
     "convert_hf",
     "eval_lm_harness",

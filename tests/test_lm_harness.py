@@ -25,8 +25,8 @@ from test_hellaswag import (
 
 import eval_lm_harness
 from eval_hellaswag import evaluate, load_items
-from eval_lm_harness import decode, harness_model, parse, plan
-from model import generate
+from eval_lm_harness import harness_model, parse, plan
+from model import generate, generate_batch
 
 __all__ = ["gpt2"]  # the fixture
 
@@ -132,7 +132,7 @@ def test_generated_texts_are_those_of_the_harness(pair):
 
 def test_a_padded_batch_decodes_as_each_prompt_alone():
     model, prompts = byte_model(), [[7], list(range(40)), [3, 1, 4, 1, 5]]
-    together = list(zip(*decode(model, prompts, 20, {"temperature": 0.0}, None)))
+    together = list(zip(*generate_batch(model, prompts, 20, temperature=0.0)))
     assert together == [tuple(generate(model, prompt, 20, temperature=0.0)) for prompt in prompts]
 
 
