@@ -39,6 +39,7 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+ASSUMED_MFU = 0.45  # for plans: what plain PyTorch reaches on one GPU generation or another
 SHOWN = {  # how a log line writes a value
     "loss": "loss {:.4f}",
     "val_loss": "validation loss {:.4f}",
@@ -258,9 +259,19 @@ def plot(runs: dict[str, list[dict[str, Any]]], out: str | Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     figure.suptitle(", ".join(runs), fontsize=13)
+    save_figure(figure, out)
+
+
+def save_figure(figure: Any, out: str | Path) -> None:
+    """Replace the picture `out` as a whole. Raises ValueError where it cannot be written."""
+    import matplotlib.pyplot as plt
+
     partial = Path(out).with_name(f".{Path(out).name}")
-    figure.savefig(partial, dpi=110, format=Path(out).suffix[1:] or "png")
-    os.replace(partial, out)
+    try:
+        figure.savefig(partial, dpi=110, format=Path(out).suffix[1:] or "png")
+        os.replace(partial, out)
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as error:  # or no such kind of picture
+        raise ValueError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     plt.close(figure)
 
 
@@ -307,10 +318,7 @@ def main() -> None:
         raise ValueError(f"{empty[0]} has no rows yet; train for at least log_every steps")
     folder = Path(args.run_dir[0]) if Path(args.run_dir[0]).is_dir() else Path(args.run_dir[0]).parent
     out = Path(args.output or (folder / "final_metrics.png" if len(runs) == 1 else "runs.png"))
-    try:
-        plot(runs, out)
-    except (OSError, ValueError) as error:  # no such folder, no such kind of picture
-        raise ValueError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
+    plot(runs, out)
     print(out)
 
 
