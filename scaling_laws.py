@@ -18,6 +18,7 @@ import math
 import os
 import random
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -131,15 +132,18 @@ class Law:
     r_params: float | None = None  # R_N*
     source: str = ""
 
+    @property
+    def balance(self) -> float:
+        """G of arXiv:2203.15556, eq. 4: how the best N grows out of C."""
+        return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+
     def best_params(self, tokens: float) -> float:
         """N that is compute-optimal together with D new tokens."""
-        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        return G * (tokens * G) ** (self.beta / self.alpha)
+        return self.balance * (tokens * self.balance) ** (self.beta / self.alpha)
 
     def optimum(self, flops: float) -> tuple[float, float]:
         """(N, D) of least loss with C = 6 N D, all tokens new."""
-        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        params = G * (flops / 6) ** (self.beta / (self.alpha + self.beta))
+        params = self.balance * (flops / 6) ** (self.beta / (self.alpha + self.beta))
         return params, flops / 6 / params
 
     def worth(self, params: float, tokens: float, unique: float | None = None) -> tuple[float, float]:
@@ -284,10 +288,8 @@ def plan(
     for note in notes(chosen, question):
         print(f"note       {note}")
     if output:
-        write(
-            Path(output),
-            toml(chosen, source, Path("runs", Path(output).stem), f"scaling_laws.py plan: {chosen.flops:.3g} FLOP"),
-        )
+        why = f"scaling_laws.py plan, {chosen.flops:.3g} FLOP"
+        write(Path(output), toml(chosen, source, Path("runs", Path(output).stem), why))
         print(f"wrote      {output}; python training.py {output} --dry_run")
 
 
@@ -832,6 +834,10 @@ def sweep(
         raise ValueError(f"sweep needs --flops above 0 (6e18,1e19), got {flops}")
     if experiment != "chinchilla" and len(flops) > 1:
         raise ValueError(f"{experiment} takes one compute, got --flops={','.join(f'{C:g}' for C in flops)}")
+    if sizes < 3:
+        raise ValueError(f"sizes must be at least 3 for a curve with a lowest point, got {sizes}")
+    if batch_tokens is not None and (batch_tokens < 1 or batch_tokens % seq_len):
+        raise ValueError(f"batch_tokens ({batch_tokens}) must be a multiple of seq_len ({seq_len})")
     folder = Path(out_dir or f"sweeps/{experiment}")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another --out_dir or remove it")
@@ -841,18 +847,17 @@ def sweep(
         grid |= GRIDS[experiment](best, best.answer(objective), sizes)
     folder.mkdir(parents=True, exist_ok=True)
     for name, choice in grid.items():
-        choice = replace(choice, batch=batch_tokens) if batch_tokens else choice
+        choice = replace(choice, batch=batch_tokens)
         write(
             folder / f"{name}.toml",
-            toml(choice, source, folder / "runs" / name, f"{experiment} at {choice.flops:.3g} FLOP"),
+            toml(choice, source, folder / "runs" / name, f"{experiment}, {choice.flops:.3g} FLOP"),
         )
-    finish = f"python metrics.py {folder}/runs/* -o {folder}/runs.png" if experiment == "learning_rate" else (
-        f"python scaling_laws.py fit {folder}/runs/* --output={folder}/law.json --plot={folder}/law.png"
-    )  # fmt: skip
+    here = shlex.quote(str(folder))
+    finish = f"python metrics.py {here}/runs/* -o {here}/runs.png"
+    if experiment == "chinchilla":
+        finish = f"python scaling_laws.py fit {here}/runs/* --output={here}/law.json --plot={here}/law.png"
     title = f"{experiment}: {len(grid)} runs, {sum(c.flops for c in grid.values()):.3g} FLOP in all"
-    if experiment == "data_value":
-        finish = f"python metrics.py {folder}/runs/* -o {folder}/runs.png"
-    write(folder / "run.sh", SWEEP_SCRIPT.format(title=title, folder=folder, last=len(grid) - 1, finish=finish))
+    write(folder / "run.sh", SWEEP_SCRIPT.format(title=title, folder=here, last=len(grid) - 1, finish=finish))
     os.chmod(folder / "run.sh", 0o755)
     print(f"{title}\nwrote      {folder}/*.toml and {folder}/run.sh")
 

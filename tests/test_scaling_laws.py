@@ -303,6 +303,8 @@ def test_what_plan_writes_training_accepts(budget, tmp_path, capsys, monkeypatch
         (["fit"], "the following arguments are required: runs"),
         (["sweep", "chinchilla"], "sweep needs --flops above 0"),
         (["sweep", "learning_rate", "--flops=1e18,2e18"], "takes one compute"),
+        (["sweep", "chinchilla", "--flops=1e18", "--sizes=2"], "sizes must be at least 3"),
+        (["sweep", "chinchilla", "--flops=1e18", "--batch_tokens=1000"], "must be a multiple of seq_len (2048)"),
         (["sweep", "weather", "--flops=1e18"], "experiment expects {chinchilla,data_value,learning_rate}"),
         (["cluster", "--gpus=12"], "gpus must be up to 8 or a multiple of it"),
         (["shape"], "invalid choice"),
@@ -455,16 +457,16 @@ def test_the_script_of_a_sweep_trains_what_fit_reads(tmp_path):
     """Really: the first of its jobs, on the Python reference."""
     data_pipeline.sample(tmp_path / "data")
     folder = tmp_path / "s"
-    laws.sweep("chinchilla", [2e9, 4e9], 3, "ar", 32, 257, 64, str(tmp_path / "data"), str(folder))
+    laws.sweep("chinchilla", [2e10, 4e10], 3, "ar", 32, 257, 64, str(tmp_path / "data"), str(folder))
     first = min(folder.glob("*.toml"))
     environment = {**os.environ, "JOB": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [folder / "run.sh", "--hellaswag=none", "--eval_tokens=512", "--sample_every=0"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     (point,) = laws.read_points(folder / "runs" / first.stem)
     wanted = parse(first.read_text()).train.max_tokens
     assert 0 <= wanted - point.tokens < 64 and laws.is_new(point)
-    assert 6 * point.params * point.tokens == pytest.approx(2e9, rel=0.02), "the size counts the data's vocabulary"
+    assert 6 * point.params * point.tokens == pytest.approx(2e10, rel=0.02), "the size counts the data's vocabulary"
     elsewhere = subprocess.run([folder / "run.sh"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert elsewhere.returncode == 2 and "call it in the folder of training.py" in elsewhere.stderr
 
