@@ -704,13 +704,14 @@ def budgets(points: Sequence[Point], most: int = 9) -> list[list[Point]]:
 
 
 def draw(points: Sequence[Point], law: Law, out: Path) -> None:
-    """Panels: loss by size at equal compute, loss by compute, error by size, and where there are any, the worth of repeats."""
+    """Panels: loss by compute, errors, and where the runs show it, loss by size at equal compute and the worth of repeats."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [_draw_isoflops, _draw_frontier, _draw_errors, *([_draw_repeats] if law.r_data else [])]
+    shown = {_draw_isoflops: budgets(points), _draw_frontier: True, _draw_errors: True, _draw_repeats: law.r_data}
+    panels = [panel for panel, there in shown.items() if there]
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), constrained_layout=True)
     for axis, panel in zip(axes, panels, strict=True):
         axis.set_xscale("log")
@@ -738,15 +739,7 @@ def _draw_isoflops(axis: Any, points: Sequence[Point], law: Law, colors: Any) ->
         sizes = _spaced(min(best, 0.8 * group[0].params), max(best, 1.25 * group[-1].params))
         axis.plot(sizes, [law.loss(N, C / 6 / N) for N in sizes], "-", lw=1, color=color)
         axis.plot([best], [law.loss(best, tokens)], "*", ms=11, color=color, mec="black", mew=0.5, zorder=3)
-    axis.plot(
-        [],
-        [],
-        "*",
-        ms=9,
-        color="white",
-        mec="black",
-        label="best by the law" if groups else "no three sizes at one compute",
-    )
+    axis.plot([], [], "*", ms=9, color="white", mec="black", label="best by the law")
 
 
 def _draw_frontier(axis: Any, points: Sequence[Point], law: Law, colors: Any) -> None:
