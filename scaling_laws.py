@@ -443,7 +443,7 @@ def saturation(question: Question, law: Law, choice: Choice) -> float:
 def toml(choice: Choice, source: str, run_dir: Path | str, why: str) -> str:
     """A config file for training.py."""
     shape, repeats = choice.shape, choice.unique_tokens is not None
-    lines = [f"# {why}: {choice.name}, {shape.params:,} parameters with {shape.vocab_size:,} tokens", "", "[model]"]
+    lines = [f"# {why}: {choice.name}, {shape.params:,} parameters, vocabulary {shape.vocab_size:,}", "", "[model]"]
     lines += [f"{name} = {getattr(shape, name)}" for name in ("dim", "n_layers", "n_heads", "head_dim", "ffn_dim")]
     lines += [f"seq_len = {choice.seq_len}"]
     lines += [] if shape.tied else ["tie_embeddings = false"]

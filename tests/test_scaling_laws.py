@@ -466,7 +466,9 @@ def test_the_script_of_a_sweep_trains_what_fit_reads(tmp_path):
     (point,) = laws.read_points(folder / "runs" / first.stem)
     wanted = parse(first.read_text()).train.max_tokens
     assert 0 <= wanted - point.tokens < 64 and laws.is_new(point)
-    assert 6 * point.params * point.tokens == pytest.approx(2e10, rel=0.02), "the size counts the data's vocabulary"
+    assert 0 <= 2e10 - 6 * point.params * point.tokens < 6 * point.params * 65, (
+        "whole steps; the data's vocabulary counts"
+    )
     elsewhere = subprocess.run([folder / "run.sh"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert elsewhere.returncode == 2 and "call it in the folder of training.py" in elsewhere.stderr
 
