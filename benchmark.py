@@ -1,5 +1,6 @@
 """How fast this machine does each part of the work, side by side with how others do it, as one table.
 
+    python benchmark.py train --peers=peers           # tokens per second, beside other projects: see benchmark_train.py
     python benchmark.py data                          # text to shards, shards to batches, decontamination
     python benchmark.py data --output=data.json       # the same numbers for a program
     python benchmark.py data --source="my/*.jsonl.gz" --repeat=1
@@ -437,7 +438,7 @@ def decode_benchmark(rounds: int, n_tokens: int, device: str, peers: str | None 
     from model import ModelConfig, Transformer
 
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**{"vocab_size": 50257, **shape})).to(device).eval()
+    model = Transformer(ModelConfig(**{"vocab_size": 50257, "qk_norm": False, **shape})).to(device).eval()
     prompt = torch.randint(0, 50257, (32,), generator=torch.Generator().manual_seed(0)).tolist()
     ways: dict[str, Callable[[int], list[int]]] = {}
     reads: dict[str, int] = {}
@@ -467,7 +468,7 @@ def decode_benchmark(rounds: int, n_tokens: int, device: str, peers: str | None 
             with contextlib.suppress(ImportError):
                 add(f"transformers, {cache} cache", dtype, _transformers_way(plain, prompt, cache))
         if not shape:
-            small = Transformer(ModelConfig(**SHAPE_124M)).to(device, kind).eval()
+            small = Transformer(ModelConfig(**SHAPE_124M, qk_norm=False)).to(device, kind).eval()
             way = functools.partial(_our_way_to_decode, small, prompt, use_cache=False)
             add("nanoGPT's way (no cache), 124M", dtype, way, small)
     memory = inference.bandwidth(torch.device(device))
@@ -601,7 +602,9 @@ def loss_benchmark(path: str, source: str, n_tokens: int, device: str) -> dict[s
 
 def main() -> None:
     parser = config.ArgumentParser()
-    parser.add_argument("section", choices=["data", "checkpoint", "hellaswag", "decode"], help="what to measure")
+    parser.add_argument(
+        "section", choices=["train", "data", "checkpoint", "hellaswag", "decode"], help="what to measure"
+    )
     parser.add_argument("--source", default="", help="JSONL files of text (default: ../shared/data/textbooks/train*)")
     parser.add_argument("--repeat", type=int, default=40, help="times to read the source, for enough text [40]")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of which the best counts [2]")
@@ -609,16 +612,23 @@ def main() -> None:
     parser.add_argument("--num_examples", type=int, default=150, help="the first N of them [150]")
     parser.add_argument(
         "--peers",
-        help="a .py file of other ways: functions of (model, tokenizer, items); decode: of (model, prompt, n_tokens)",
+        help="a .py file of other ways: functions of (model, tokenizer, items); decode: of (model, prompt, n_tokens); "
+        "train: a folder of other projects' files",
     )
     parser.add_argument("--new_tokens", type=int, default=128, help="decode: tokens to write [128]")
-    parser.add_argument("--device", default="cpu", help="decode: cpu or cuda [cpu]")
+    parser.add_argument("--vocab_size", type=int, default=50257, help="train: size of the vocabulary [50257]")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="train and decode: cpu or cuda [cpu]")
     parser.add_argument("--checkpoint", help="decode: measure validation loss instead, on the shards in --source")
     parser.add_argument("--output", help="write the numbers to this .json file")
     args = parser.parse_args()
+    if args.section == "train":
+        import benchmark_train  # its processes import it too: torch at once
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if args.section == "data":
+        if args.section == "train":
+            rates = benchmark_train.train_benchmark(args.device, args.vocab_size, args.rounds, args.peers)
+            print(benchmark_train.train_report(rates))
+        elif args.section == "data":
             source = args.source or (f"{TEXTBOOKS}/train*" if TEXTBOOKS.exists() else _reference(folder))
             rates = data_benchmark(source, args.repeat, args.rounds, folder)
             print(report(rates))

@@ -35,7 +35,7 @@ from model import ModelConfig
 
 SMALL: dict[str, Any] = {"dim": 256, "n_layers": 4, "n_heads": 4, "seq_len": 256}  # for a CPU
 ZIPF_SHIFT = 2.7  # uniform tokens would hide that a few rows of the embedding get most of the gradients
-WARM_UP = 3  # steps
+WARM_UP, STEPS = 3, 4  # optimizer steps before, and of each round
 PEERS = {"the seed": "seed/transformer.py", "nanoGPT": "nanogpt/model.py", "nanochat": "nanochat/gpt.py"}
 LLAMA = "transformers' Llama"
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -44,7 +44,7 @@ Way = tuple[str, dict[str, Any]]  # whose model, settings
 Pipe = Any  # of multiprocessing, whose type depends on the platform
 
 
-def train_benchmark(device: str, vocab_size: int, rounds: int, steps: int, peers: str | None) -> dict[str, Any]:
+def train_benchmark(device: str, vocab_size: int, rounds: int, peers: str | None) -> dict[str, Any]:
     """Seconds of optimizer steps of this model and of the peers found.
 
     On a CPU they take turns, since neighbours disturb; on a GPU one lives at a time, since each wants the memory.
@@ -61,7 +61,7 @@ def train_benchmark(device: str, vocab_size: int, rounds: int, steps: int, peers
                 state = results[name].get("error") or f"ready after {results[name]['start_s']:.0f} s"
                 print(f"  {name:32} {state}", flush=True)
             for name in [name for _ in range(rounds) for name in group if "error" not in results[name]]:
-                pipes[name].send(steps)
+                pipes[name].send(STEPS)
                 answer = pipes[name].recv()
                 results[name]["seconds"] += answer["seconds"]
                 results[name]["peak_gb"] = answer["peak_gb"]

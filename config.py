@@ -11,7 +11,9 @@ line stay flat (--max_lr) while files keep their tables ([optim]). Standard libr
 
 import argparse
 import ast
+import dataclasses
 import difflib
+import inspect
 import json
 import math
 import os
@@ -119,6 +121,40 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None) -> T:
         return from_dict(cls, data)
     except ConfigError as error:
         parser.error(str(error))
+
+
+def call(commands: Sequence[Callable[..., Any]], argv: Sequence[str] | None = None) -> Any:
+    """Call the function that the first argument names. Its parameters are the options, their comments the --help text;
+    parameters without a default come first, without a name."""
+    argv, names = sys.argv[1:] if argv is None else argv, "|".join(command.__name__ for command in commands)
+    first = ArgumentParser(usage=f"%(prog)s {names} [--name=value ...]")
+    first.add_argument("command", choices=[command.__name__ for command in commands], metavar=names)
+    chosen = first.parse_args(argv[:1] or ["--help"]).command
+    command = next(command for command in commands if command.__name__ == chosen)
+    return command(**_options(command, f"{first.prog} {chosen}", argv[1:]))
+
+
+def _options(command: Callable[..., Any], prog: str, argv: Sequence[str]) -> dict[str, Any]:
+    parameters, hints = inspect.signature(command).parameters, typing.get_type_hints(command)
+    positional = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    usage = " ".join(
+        [prog, *(name.upper() + "..." * (hints[name] == list[str]) for name in positional), "[--name=value ...]"]
+    )
+    parser = ArgumentParser(prog=prog, usage=usage, description=command.__doc__)
+    comments = dict(re.findall(r"^\s+(\w+): .*?  # (.+)$", inspect.getsource(command), re.MULTILINE))
+    for name, parameter in parameters.items():
+        text = comments[name].replace("%", "%%")
+        if name in positional:
+            parser.add_argument(name, nargs="+" if hints[name] == list[str] else None, help=text)
+        else:
+            flag: dict[str, Any] = {"nargs": "?", "const": "true"} if hints[name] is bool else {}
+            default = "none" if parameter.default is None else parameter.default
+            parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{text} [{default}]", **flag)
+    schema = dataclasses.make_dataclass(
+        "Options",
+        [(n, hints[n]) if n in positional else (n, hints[n], parameters[n].default) for n in parameters],
+    )
+    return vars(from_dict(schema, vars(parser.parse_args(argv))))
 
 
 def answer_help(doc: str | None, sections: Mapping[str, str]) -> None:
@@ -260,6 +296,8 @@ def _cast(value: Any, hint: Any, name: str) -> Any:
         if origin is dict:  # --sources=data/web=0.8,data/code=0.2; a name alone weighs 1
             pairs = dict(_pair(p) for p in value.split(",") if p) if isinstance(value, str) else value
             return {key: _cast(item, args[1], name) for key, item in pairs.items()}
+        if origin is list:  # --flops=1e18,3e18
+            return [_cast(item, args[0], name) for item in (value.split(",") if isinstance(value, str) else value)]
         if hint is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if hint is str and isinstance(value, str):

@@ -16,16 +16,13 @@ prepare is 5 to 10 times as fast with `pip install gigatoken isal`: gigatoken is
 tokens on a check, isal unpacks .gz.
 """
 
-import argparse
 import bisect
 import bz2
-import dataclasses
 import functools
 import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -45,7 +42,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -970,37 +967,14 @@ def _write_without(
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (sample, download, prepare, verify, info, decontaminate)
-}
-
 
 def main() -> None:
-    names = "|".join(COMMANDS)
-    first = config.ArgumentParser(usage=f"%(prog)s {names} [--name=value ...]")
-    first.add_argument("command", choices=COMMANDS, metavar=names)
-    command = COMMANDS[first.parse_args(sys.argv[1:2] or ["--help"]).command]
-    options = _options(command, sys.argv[2:])
     try:
-        command(**options)
+        config.call((sample, download, prepare, verify, info, decontaminate))
     except BrokenPipeError:
         raise
     except OSError as error:  # disk full, no permission, network: not the user's input, but no traceback either
-        config.die(f"{first.prog}: error: {error}", 1)
-
-
-def _options(command: Callable[..., None], argv: list[str]) -> dict[str, Any]:
-    """A command's options are its parameters; the comment on a parameter's line is its --help text."""
-    parameters, hints = inspect.signature(command).parameters, get_type_hints(command)
-    prog = f"data_pipeline.py {command.__name__}"
-    parser = config.ArgumentParser(prog=prog, usage=f"{prog} [--name=value ...]", description=command.__doc__)
-    comments = dict(re.findall(r"^\s+(\w+): .*?  # (.+)$", inspect.getsource(command), re.MULTILINE))
-    for name, parameter in parameters.items():
-        text = f"{comments[name]} [{'none' if parameter.default is None else parameter.default}]"
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
-    values = vars(parser.parse_args(argv))
-    schema = dataclasses.make_dataclass("Options", [(name, hints[name], p.default) for name, p in parameters.items()])
-    return vars(config.from_dict(schema, values))
+        config.die(f"{Path(sys.argv[0]).name}: error: {error}", 1)
 
 
 if __name__ == "__main__":

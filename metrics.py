@@ -10,7 +10,6 @@ A row is one JSON object with `step`, `tokens` and what was measured there: `los
 `grad_norm`, `tokens_per_s`, `mfu`, `memory_gb`, `hellaswag_acc_norm`, ... Losses are in nats per token.
 """
 
-import errno
 import json
 import math
 import os
@@ -45,6 +44,7 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+ASSUMED_MFU = 0.45  # for plans: what plain PyTorch reaches on one GPU generation or another
 SHOWN = {  # how a log line writes a value
     "loss": "loss {:.4f}",
     "val_loss": "validation loss {:.4f}",
@@ -273,7 +273,7 @@ def plot(name: str, rows: list[dict[str, Any]], out: str | Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     figure.suptitle(name, fontsize=13)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 # What a comparison is drawn against: its label, and a row's value (None where the row does not say).
@@ -302,7 +302,7 @@ def plot_comparison(runs: dict[str, list[dict[str, Any]]], x: str, out: str | Pa
         axis.grid(alpha=0.25, which="both")
         axis.legend(fontsize=8)
     axes.flat[0].set_ylabel("nats per token")
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def curve(rows: list[dict[str, Any]], key: str, x: str) -> tuple[list[float], list[float]]:
@@ -361,7 +361,7 @@ def plot_stats(run_dir: str | Path, out: str | Path) -> None:
         ticks = np.unique(np.linspace(0, len(steps) - 1, 6).astype(int))
         axis.set(title=title, xlabel="step", xticks=ticks, xticklabels=[steps[i] for i in ticks])
         axis.set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=6)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def _figure(rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
@@ -373,16 +373,16 @@ def _figure(rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
     return plt.subplots(rows, columns, constrained_layout=True, **options)
 
 
-def _save(figure: Any, out: str | Path) -> None:
-    """As a whole: who looks at it sees the old picture or the new one."""
+def save_figure(figure: Any, out: str | Path) -> None:
+    """Replace the picture `out` as a whole. Raises ValueError where it cannot be written."""
     import matplotlib.pyplot as plt
 
     partial = Path(out).with_name(f".{Path(out).name}")
     try:
         figure.savefig(partial, dpi=110, format=Path(out).suffix[1:] or "png")
-    except ValueError as error:  # no such kind of picture
-        raise OSError(errno.EINVAL, str(error)) from error
-    os.replace(partial, out)
+        os.replace(partial, out)
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as error:  # or no such kind of picture
+        raise ValueError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     plt.close(figure)
 
 
@@ -445,16 +445,13 @@ def draw(paths: list[str], x: str | None, stats: bool, out: Path) -> list[float]
     runs = {os.path.relpath(path, short or "."): read_metrics(path) for path in paths}
     if empty := [name for name, rows in runs.items() if not rows]:
         raise ValueError(f"{empty[0]} has no rows yet; train for at least log_every steps")
-    try:
-        if stats:
-            plot_stats(paths[0], out)
-        elif x:
-            plot_comparison(runs, x, out)
-            print(compare(runs, x))
-        else:
-            plot(*next(iter(runs.items())), out)
-    except OSError as error:
-        raise ValueError(f"cannot write {out}: {error.strerror}") from error
+    if stats:
+        plot_stats(paths[0], out)
+    elif x:
+        plot_comparison(runs, x, out)
+        print(compare(runs, x))
+    else:
+        plot(*next(iter(runs.items())), out)
     return seen
 
 

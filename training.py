@@ -62,7 +62,6 @@ SAMPLE_PROMPT, SAMPLE_TOKENS = "The", 200  # the text sampled during training
 GPT2_VOCAB = 50257  # for a plan without data
 MAX_AUTO = 128  # sequences per micro-step beyond which nothing gets faster
 CPU_AUTO = 8  # on a CPU small micro-steps stay in its caches
-ASSUMED_MFU = 0.45  # for the plan's hours: what plain PyTorch reaches on one GPU generation or another
 
 
 @dataclass(frozen=True)
@@ -140,6 +139,7 @@ class Plan:
     micro_steps: int  # per optimizer step, each rank
     params: int
     flops_per_token: int
+    unique_tokens: int | None  # one epoch, where the data are known
 
 
 def make_plan(cfg: Config, world_size: int, tokens_per_epoch: int | None = None, fits: int = MAX_AUTO) -> Plan:
@@ -162,7 +162,9 @@ def make_plan(cfg: Config, world_size: int, tokens_per_epoch: int | None = None,
     with torch.device("meta"):
         shape = Transformer(cfg.model)
     sequences = batch_tokens // seq_len
-    return Plan(steps, sequences, batch_size, share // batch_size, shape.num_params(), shape.flops_per_token())
+    return Plan(
+        steps, sequences, batch_size, share // batch_size, shape.num_params(), shape.flops_per_token(), tokens_per_epoch
+    )
 
 
 def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
@@ -170,12 +172,13 @@ def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
     tokens = plan.steps * cfg.train.batch_tokens
     flops = plan.flops_per_token * tokens
     saves = 1 + (plan.steps - 1) // cfg.train.checkpoint_every if cfg.train.checkpoint_every else 1
+    epochs = f", {tokens / plan.unique_tokens:.3g} epochs" if plan.unique_tokens else ""
     on = f"{dist.world_size} x {device_name(dist.device)}"
     lines = [
         f"model      {plan.params:,} parameters, {plan.flops_per_token / 1e9:.3g} GFLOP per token",
         f"batch      {cfg.train.batch_tokens:,} tokens = {plan.batch_size} sequences x {cfg.model.seq_len} tokens x "
         f"{plan.micro_steps} micro-steps x {dist.world_size} processes",
-        f"run        {plan.steps:,} steps, {tokens:,} tokens ({tokens / plan.params:.1f} per parameter), {flops:.3g} FLOP",
+        f"run        {plan.steps:,} steps, {tokens:,} tokens ({tokens / plan.params:.1f} per parameter{epochs}), {flops:.3g} FLOP",
         f"memory     {expected_memory_gb(plan, cfg, dist):.1f} GB per process",
         f"disk       {saves} checkpoints of {12 * plan.params / 1e9:.2f} GB in {cfg.train.run_dir}",
     ]
@@ -183,7 +186,7 @@ def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
         hours = tokens / speed / 3600
         dollars = hours * dist.world_size * cfg.train.dollars_per_gpu_hour
         lines.append(
-            f"time       {hours:.1f} h, ${dollars:,.0f} on {on}: {speed:,.0f} tokens/s at an assumed {ASSUMED_MFU:.0%} MFU"
+            f"time       {hours:.1f} h, ${dollars:,.0f} on {on}: {speed:,.0f} tokens/s at an assumed {metrics.ASSUMED_MFU:.0%} MFU"
         )
     else:
         lines.append(f"time       not known in advance on {on}; the log shows an ETA")
@@ -193,7 +196,7 @@ def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
 def expected_tokens_per_s(plan: Plan, dist: Dist) -> float | None:
     """Of all GPUs together, from their data sheet; None for a device without an entry in metrics.PEAK_FLOPS."""
     peak = metrics.peak_flops(device_name(dist.device))
-    return peak * ASSUMED_MFU * dist.world_size / plan.flops_per_token if peak else None
+    return peak * metrics.ASSUMED_MFU * dist.world_size / plan.flops_per_token if peak else None
 
 
 def expected_memory_gb(plan: Plan, cfg: Config, dist: Dist) -> float:
@@ -232,13 +235,13 @@ def main(cfg: Config) -> None:
 
 
 def dry_run(cfg: Config, dist: Dist) -> None:
-    """Print the plan; only one in epochs needs the data."""
-    if Path(next(iter(cfg.data.sources))).exists() or cfg.train.epochs:
+    """Print the plan; only one in epochs of all data needs the data."""
+    if Path(next(iter(cfg.data.sources))).exists() or (cfg.train.epochs and not cfg.data.unique_tokens):
         cfg, plan, loader = open_data(cfg, dist)
         loader.close()
     else:
         cfg = with_vocabulary(cfg, None)
-        plan = make_plan(cfg, dist.world_size)
+        plan = make_plan(cfg, dist.world_size, cfg.data.unique_tokens)
     if dist.is_main:
         print(describe(plan, cfg, dist))
 
@@ -650,7 +653,8 @@ def finish(cfg: Config, plan: Plan, dist: Dist, log: metrics.MetricsLog, watch: 
     """Write final_metrics.json and .png, say how the plan came out and where everything lies."""
     log.end()
     if dist.is_main:
-        facts = {"parameters": plan.params, "device": device_name(dist.device), "n_devices": dist.world_size}
+        facts: dict[str, Any] = {"parameters": plan.params, "unique_tokens": plan.unique_tokens}
+        facts |= {"device": device_name(dist.device), "n_devices": dist.world_size}
         facts |= {"planned_memory_gb": expected_memory_gb(plan, cfg, dist), "seconds": watch.seconds()}
         facts["planned_tokens_per_s"] = expected_tokens_per_s(plan, dist)
         summary = metrics.write_summary(cfg.train.run_dir, **facts, torch=str(torch.__version__))

@@ -35,6 +35,7 @@ def help_of(script: str, words: list[str]) -> str:
     named = {
         "data_pipeline.py": ("download", "prepare", "verify", "info"),
         "convert_hf.py": ("export", "import", "push"),
+        "scaling_laws.py": ("plan", "fit", "sweep", "cluster"),
     }
     command = [word for word in words if word in named.get(script, ())]
     argv = [sys.executable, ROOT / script, *command, "--help"]
