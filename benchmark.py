@@ -427,14 +427,7 @@ def hellaswag_report(rates: dict[str, Any]) -> str:
 
 # ---- decode ----------------------------------------------------------------------------------------------------------
 
-SHAPE_124M: dict[str, Any] = {
-    "qk_norm": False,
-    "dim": 768,
-    "n_layers": 12,
-    "n_heads": 12,
-    "ffn_dim": 2048,
-    "vocab_size": 50257,
-}
+SHAPE_124M: dict[str, Any] = {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 2048, "vocab_size": 50257}
 
 
 def decode_benchmark(rounds: int, n_tokens: int, device: str, peers: str | None = None, **shape: Any) -> dict[str, Any]:
