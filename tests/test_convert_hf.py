@@ -515,7 +515,7 @@ def test_a_hub_that_does_not_have_it_is_one_line(hub, tmp_path):
 
 def test_a_published_checkpoint_of_the_seed_loads_by_its_hub_id(hub, tmp_path):
     """dhlak/416m-gpt holds one .pt in the seed's own format; here a small one stands in for it."""
-    shape = ModelConfig(dim=16, n_layers=1, n_heads=2, ffn_dim=24, vocab_size=50257, seq_len=16)
+    shape = ModelConfig(dim=16, n_layers=1, n_heads=2, ffn_dim=24, vocab_size=50257, seq_len=16, qk_norm=False)
     weights = Transformer(shape).state_dict()
     weights["embed_tokens.weight"] = weights["embed_tokens.weight"][:50257]
     names = {ours: theirs for theirs, ours in checkpoint.SEED_NAMES.items()}
