@@ -16,6 +16,7 @@ so exporting is a rename. Copy this file into another project: it needs torch al
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -106,6 +107,7 @@ class Attention(nn.Module):
         is_causal: bool,
         cache: "KVCache | None",
         layer: int,
+        dropout: float,
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # [B, N, T, H]
@@ -117,7 +119,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(layer, k, v)  # [B, K, S + T, H]
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.n_kv_heads != self.n_heads
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=self.n_kv_heads != self.n_heads
         )
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
@@ -162,7 +164,8 @@ class Transformer(nn.Module):
         super().__init__()
         assert config.vocab_size and config.head_dim, "vocab_size comes from the tokenizer"
         self.config = config
-        padded = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        rows = config.vocab_size + (not config.causal)  # one of the padded rows of a bidirectional model is MASK
+        padded = -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.embed_tokens = nn.Embedding(padded, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -211,13 +214,14 @@ class Transformer(nn.Module):
         reduction: str = "mean",
         z_loss: float = 0.0,
         cache: "KVCache | None" = None,
+        **order: Any,
     ) -> Tensor:
         """Logits [B, T, V] (padded columns are -inf); with `targets` [B, T] the loss in nats instead.
 
         Targets of -100 carry no loss. reduction: "mean" over the targets that count, "sum", or "none" ([B, T]).
-        loss_weights [B, T] multiply the loss of each token; the mean then divides by all B*T.
+        loss_weights [B, T] multiply the loss of each token; the mean then divides by all B*T. order: as for `hidden`.
         """
-        hidden = self.hidden(tokens, cache=cache)
+        hidden = self.hidden(tokens, cache=cache, **order)
         return self.head(hidden) if targets is None else self.loss(hidden, targets, loss_weights, reduction, z_loss)
 
     def hidden(
@@ -227,10 +231,12 @@ class Transformer(nn.Module):
         cache: "KVCache | None" = None,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
+        attention_dropout: float = 0.0,
     ) -> Tensor:
         """Final hidden states [B, T, D], normalised, ready for `head`.
 
         positions [B, T] and mask (bool, broadcast to [B, N, T, S+T], true = may look) replace the usual order.
+        attention_dropout: share of attention weights set to 0, the others scaled up.
         """
         T, start = tokens.shape[1], cache.length if cache is not None else 0
         if start + T > self.config.seq_len and positions is None:
@@ -246,7 +252,7 @@ class Transformer(nn.Module):
             mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(diagonal=start)
         x = self.embed_tokens(tokens)  # [B, T, D]
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, is_causal, cache, i)
+            x = block(x, cos, sin, mask, is_causal, cache, i, attention_dropout)
         if cache is not None:
             cache.length += T
         return self.norm(x)
