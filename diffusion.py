@@ -342,11 +342,12 @@ def fill(
     starts = range(C, C + n_tokens, size)
     left = max(len(starts), min(steps or n_tokens, n_tokens))  # steps, of all blocks to come
     for number, start in enumerate(starts):
-        blocks = len(starts) - number
-        share = min(-(-left // blocks), left - blocks + 1, size, C + n_tokens - start)
+        tokens_left, blocks_after = C + n_tokens - start, len(starts) - number - 1
+        width = min(size, tokens_left)
+        share = min(-(-left * width // tokens_left), left - blocks_after)  # of the steps, as of the tokens
         left -= share
         for remaining in range(share, 0, -1):
-            masked = start + (text[start : start + size] == mask_id(model)).nonzero()[:, 0]  # [U]
+            masked = start + (text[start : start + width] == mask_id(model)).nonzero()[:, 0]  # [U]
             at = torch.stack([torch.zeros_like(masked), masked], dim=1)
             logits = torch.cat(
                 [part for _, part in guided_logits(model, text[None], C, at, guidance)]
@@ -355,7 +356,7 @@ def fill(
             kept = confidence(logits, tokens, remasking, generator).topk(-(-len(masked) // remaining)).indices
             text[masked[kept]] = tokens[kept]
             yield text[C:].tolist()
-        if stop_token is not None and stop_token in text[C : start + size].tolist():
+        if stop_token is not None and stop_token in text[C : start + width].tolist():
             return
 
 

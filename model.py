@@ -156,8 +156,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The whole network. `config.vocab_size` must be set."""
 
-    rope_cos: Tensor  # [seq_len, H/2]
-    rope_sin: Tensor  # [seq_len, H/2]
+    rope_cos: Tensor  # [seq_len + 1, H/2]
+    rope_sin: Tensor  # [seq_len + 1, H/2]
     padding_bias: Tensor | None  # [V]
 
     def __init__(self, config: ModelConfig):
@@ -181,7 +181,8 @@ class Transformer(nn.Module):
         frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
         if config.rope_scaling is not None:
             frequencies = stretch(frequencies, config.rope_scaling)
-        angles = torch.outer(torch.arange(config.seq_len, dtype=torch.float32), frequencies)  # [seq_len, H/2]
+        places = torch.arange(config.seq_len + 1, dtype=torch.float32)  # in another order the last target's may be read
+        angles = torch.outer(places, frequencies)  # [seq_len + 1, H/2]
         bias = torch.zeros(padded)
         bias[config.vocab_size :] = -math.inf  # padded tokens never win and get no gradient
         self.register_buffer("rope_cos", angles.cos(), persistent=False)
