@@ -183,7 +183,8 @@ def test_mask_has_a_row_of_its_own_which_is_learned_and_never_predicted(vocab_si
     model = tiny_model(vocab_size=vocab_size, causal=False)
     text = torch.full((1, 4), vocab_size)
     model(text, torch.zeros_like(text)).backward()
-    assert model.embed_tokens.weight.grad[vocab_size].abs().sum() > 0
+    grad = model.embed_tokens.weight.grad
+    assert grad is not None and grad[vocab_size].abs().sum() > 0
     assert (model.head(model.hidden(text))[..., vocab_size:] == -math.inf).all()
     assert model.num_params() == tiny_model(vocab_size=vocab_size).num_params()
 
