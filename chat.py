@@ -5,7 +5,7 @@
     printf 'The sky is\\n/bench\\n' | python chat.py runs/a   # prompts and commands from a pipe
     python chat.py runs/a --prompt="The sky is" --json      # one answer, with its tokens and settings
 
-Each prompt stands alone: these are base models, which know no questions, answers or turns. /help lists the commands.
+A masked-diffusion checkpoint fills its answer in, in any order; on a terminal one sees it do so. Each prompt stands alone: these are base models, which know no questions, answers or turns. /help lists the commands.
 Ctrl-C stops an answer, Ctrl-D leaves. A prompt of several lines has a backslash at the end of each but the last, or
 \""" before and after it. What you type is kept in ~/.local/state/nano416/chat_history.
 """
@@ -17,6 +17,7 @@ import difflib
 import inspect
 import io
 import json
+import math
 import os
 import random
 import re
@@ -45,6 +46,10 @@ class Options:
     min_p: float | None = None  # drop tokens less likely than this times the likeliest one; none = drop none
     repetition_penalty: float | None = None  # above 1: tokens already in the text become less likely; none = 1
     seed: int | None = None  # the same seed gives the same answer to a prompt; none = a new one each time
+    steps: int | None = None  # masked diffusion: forward passes for an answer; none = one per token
+    block_length: int | None = 32  # masked diffusion: fill so many tokens before the next ones; none = all at once
+    remasking: Literal["low_confidence", "random"] = "low_confidence"  # masked diffusion: which predictions wait
+    guidance: float = 0.0  # masked diffusion: above 0 the answer keeps closer to the prompt (classifier-free guidance)
     device: str | None = None  # cpu or cuda; none = cuda if there is one
     dtype: Literal["fp32", "bf16", "int8"] | None = None  # of the weights; none = bf16 on a GPU, else fp32
     lookup: int = 8  # tokens to guess at once where the text repeats itself: the same text, sooner; 0 = none
@@ -59,6 +64,8 @@ class Options:
             ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1, or none"),
             ("repetition_penalty", lambda x: x > 0, "above 0, or none"),
             ("lookup", lambda x: x >= 0, "at least 0"),
+            ("steps", lambda x: x >= 1, "at least 1, or none"),
+            ("block_length", lambda x: x >= 1, "at least 1, or none"),
             ("seed", lambda x: 0 <= x < 2**63, "from 0 to 2**63 - 1, or none"),
         ):
             value = getattr(self, name)
@@ -100,9 +107,12 @@ from inference import Step, bandwidth, bytes_per_token, choose_threads, prepare
 from model import Transformer, generate
 from shards import Tokenizer, load_tokenizer
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # options that `generate` takes as they are
+DRAWING = ("temperature", "top_k", "top_p", "min_p")
+SAMPLING = (*DRAWING, "repetition_penalty")  # options that `generate` takes as they are
+FILLING = ("steps", "block_length", "remasking", "guidance")  # and with DRAWING those that `diffusion.fill` does
 PROMPT = "The meaning of life is"  # of /bench and /compare
 BENCH_RUNS, BENCH_TOKENS = 3, 128
+OPEN = "░"  # a token that is not filled in yet
 COMPARE_TOKENS = 64  # without cache each token costs a pass over all the text before it
 FINISH = {"stop": "the model ended its text", "length": "max_tokens reached", "interrupted": "stopped"}
 # Obeyed by terminals: C0 but \n and \t, DEL, C1, line separators, direction marks and overrides, tags.
@@ -151,12 +161,15 @@ class Session:
         self.paths, self.options, self.interactive, self.as_json = paths, options, interactive, as_json
         self.voices = [load(path, options) for path in paths]
         self.turns: list[Turn] = []
+        check_effect(self.voices, options)
 
     def ask(self, prompt: str, seed: int | None = None, voice: Voice | None = None) -> None:
         """Print the answer as it comes."""
         voice, seed = voice or self.voices[0], self.seed() if seed is None else seed
         started = time.monotonic()
-        turn = answer(voice, prompt, self.options, seed, ignore if self.as_json else write)
+        show = ignore if self.as_json else write
+        draw = Frame() if self.interactive and os.environ.get("TERM") != "dumb" else ignore
+        turn = answer(voice, prompt, self.options, seed, show, draw)
         per_s = len(turn.tokens) / (time.monotonic() - started)
         self.turns.append(turn)
         if self.as_json:
@@ -189,12 +202,10 @@ def load(path: str, options: Options) -> Voice:
         raise ValueError(f"device {device!r} is not usable: {str(error).splitlines()[0]}") from error
     model, meta = checkpoint.load_model(path, device)
     tokenizer = load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256"))
-    if not model.config.causal:
-        raise ValueError(f"{path} sees the text on both sides (causal = false); chat.py needs a model that continues")
     dtype = options.dtype or ("fp32" if device == "cpu" else "bf16")
     size = model.num_params(), bytes_per_token(model, dtype)
     prepare(model, dtype)
-    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ and model.config.causal:
         choose_threads(model)
     step = Step(model) if options.compile else None
     if step is not None:
@@ -202,6 +213,18 @@ def load(path: str, options: Options) -> Voice:
             raise ValueError(f"compile = true is for a GPU, the device is {device}; leave it out")
         step.compile(mode="reduce-overhead", fullgraph=True)
     return Voice(meta["path"], meta["step"], model, tokenizer, dtype, *size, step)
+
+
+def check_effect(voices: list[Voice], options: Options) -> None:
+    """Raise ValueError for an option that none of the voices can follow."""
+    continuing = [voice.model.config.causal for voice in voices]
+    for names, followed, kind in (
+        (FILLING, not all(continuing), "autoregressive"),
+        (("repetition_penalty",), any(continuing), "masked-diffusion"),
+    ):
+        changed = [name for name in names if getattr(options, name) != getattr(Options(), name)]
+        if changed and not followed:
+            raise ValueError(f"{changed[0]} has no effect on {kind} checkpoints; leave it out")
 
 
 # ---- Text in, text out -----------------------------------------------------------------------------------------------
@@ -219,6 +242,22 @@ def write(text: str) -> None:
 
 def ignore(text: str) -> None:
     """For an answer that is shown when it is whole."""
+
+
+class Frame:
+    """A text on the terminal that changes in place; an empty one leaves the line as it was before."""
+
+    def __init__(self) -> None:
+        self.rows = 0  # above the cursor
+
+    def __call__(self, text: str) -> None:
+        width, height = shutil.get_terminal_size()
+        rows = [
+            line[i : i + width - 1] for line in visible(text).split("\n") for i in range(0, len(line) or 1, width - 1)
+        ]
+        up = f"\x1b[{self.rows}A" if self.rows else ""
+        print(f"{up}\r\x1b[J" + "\n".join(rows[1 - height :]), end="", flush=True)
+        self.rows = min(len(rows), height - 1) - 1
 
 
 def remark(text: str) -> None:
@@ -242,11 +281,25 @@ def pieces(voice: Voice, tokens: Iterator[int]) -> Iterator[tuple[int, str]]:
     yield -1, decoder.decode(b"", final=True)
 
 
-def answer(voice: Voice, prompt: str, options: Options, seed: int, show: Callable[[str], None]) -> Turn:
-    """Continue `prompt`, handing text to `show` as soon as its characters are whole. Ctrl-C ends it early."""
+def answer(
+    voice: Voice,
+    prompt: str,
+    options: Options,
+    seed: int,
+    show: Callable[[str], None],
+    draw: Callable[[str], None] = ignore,
+) -> Turn:
+    """Continue `prompt`, handing text to `show` as soon as its characters are whole. Ctrl-C ends it early.
+
+    A masked-diffusion model hands its answer to `draw` after each step, then an empty text, and to `show` at the end.
+    """
     if not prompt:
         raise ValueError("the prompt is empty; the model needs a text to continue")
     turn, tokens = Turn(prompt, seed), encode(voice, prompt)
+    if not voice.model.config.causal:
+        fill_in(voice, turn, tokens, options, draw)
+        show(turn.text)
+        return turn
     sampling = {name: getattr(options, name) for name in SAMPLING}
     ways: dict[str, Any] = {"lookup": options.lookup, "step": voice.compiled, "stop_token": voice.tokenizer.eot_id}
     stream = generate(voice.model, tokens, options.max_tokens, **sampling, **ways, seed=seed)
@@ -259,9 +312,34 @@ def answer(voice: Voice, prompt: str, options: Options, seed: int, show: Callabl
     return turn
 
 
+def fill_in(voice: Voice, turn: Turn, prompt: list[int], options: Options, draw: Callable[[str], None]) -> None:
+    """Let a masked-diffusion model write the turn. What Ctrl-C leaves is the text before the first open token."""
+    import diffusion
+
+    prompt, length = diffusion.fit(voice.model, prompt, options.max_tokens)
+    if length < options.max_tokens:
+        remark(f"(answer of {length} tokens: with the prompt it fills the context of {voice.model.config.seq_len})")
+    eot, mask, tokens = voice.tokenizer.eot_id, diffusion.mask_id(voice.model), []
+    settings = {name: getattr(options, name) for name in (*DRAWING, *FILLING)}
+    with contextlib.suppress(KeyboardInterrupt):
+        for tokens in diffusion.fill(voice.model, prompt, length, **settings, seed=turn.seed, stop_token=eot):
+            parts = [OPEN.encode() if token == mask else voice.tokenizer.spell(token) for token in tokens]
+            draw(b"".join(parts).decode("utf-8", "replace"))
+        turn.finish = "stop" if eot in tokens else "length"
+    draw("")
+    end = next((i for i, token in enumerate(tokens) if token in (eot, mask)), len(tokens))
+    turn.tokens = tokens[:end]
+    turn.text = voice.tokenizer.decode(turn.tokens)
+
+
 @torch.inference_mode()
 def probabilities(voice: Voice, prompt: list[int], tokens: list[int]) -> list[float]:
     """How likely each of `tokens` is after all before it, at temperature 1; the last ones if not all fit the context."""
+    if not voice.model.config.causal:
+        import diffusion
+
+        prompt = prompt[-max(1, voice.model.config.seq_len - len(tokens)) :]
+        return diffusion.log_likelihood(voice.model, prompt, tokens)[0].exp().tolist()
     text = torch.tensor([prompt + tokens], device=voice.model.embed_tokens.weight.device)
     text = text[:, -voice.model.config.seq_len - 1 :]
     chances = voice.model(text[:, :-1]).float().softmax(-1).gather(-1, text[:, 1:, None])  # [1, T, 1]
@@ -339,6 +417,7 @@ def set_option(session: Session, argument: str) -> None:
         print("\n".join(f"{key} {'none' if values[key] is None else values[key]}" for key in shown))
         return
     options = config.from_dict(Options, {**values, name: value.strip()})
+    check_effect(session.voices, options)
     if any(getattr(options, name) != values[name] for name in ("device", "dtype", "compile")):
         session.voices = [load(path, options) for path in session.paths]
     session.options = options
@@ -373,6 +452,9 @@ def _heat(text: str, chance: float) -> str:
 def bench(session: Session, argument: str) -> None:
     """/bench [PROMPT]: measure the speed, prefill (reading the prompt) and decode (writing) apart"""
     for voice in session.voices:
+        if not voice.model.config.causal:
+            bench_filling(voice, argument or PROMPT, session.options)
+            continue
         prompt, n_tokens = encode(voice, argument or PROMPT), max(2, min(session.options.max_tokens, BENCH_TOKENS))
         timed(voice, prompt, 8)  # warm-up
         print(f"{voice}\nprompt of {len(prompt)} tokens, {n_tokens} new ones", flush=True)
@@ -397,13 +479,53 @@ def limit_line(voice: Voice, tokens_per_s: float) -> str:
     )
 
 
+def bench_filling(voice: Voice, prompt: str, options: Options) -> None:
+    """Speed of masked diffusion, which has no cache: each step reads prompt and answer again."""
+    options = dataclasses.replace(options, max_tokens=min(options.max_tokens, BENCH_TOKENS))
+    print(f"{voice}\n   run      steps   ms per step          tokens/s")
+    rows: dict[str, tuple[float, ...]] = {}
+    for run in ("warm-up", *map(str, range(1, BENCH_RUNS + 1))):
+        steps, length, _, seconds = filled(voice, prompt, options)
+        rows[run] = (steps, 1000 * seconds / steps, length / seconds)
+        if run != "warm-up":
+            print("{:>6} {:10.0f} {:13.1f} {:17.1f}".format(run, *rows[run]), flush=True)
+    medians = map(statistics.median, zip(*list(rows.values())[1:], strict=True))
+    print("{:>6} {:10.0f} {:13.1f} {:17.1f}".format("median", *medians))
+
+
+def filled(voice: Voice, prompt: str, options: Options) -> tuple[int, int, Turn, float]:
+    """Steps, tokens filled in (with those behind the end of the text), the turn and seconds of one answer."""
+    steps: list[str] = []
+    started, turn = time.perf_counter(), Turn(prompt, options.seed or 0)
+    fill_in(voice, turn, encode(voice, prompt), options, steps.append)
+    if turn.finish == "interrupted":
+        raise KeyboardInterrupt
+    return len(steps) - 1, len(turn.tokens), turn, time.perf_counter() - started
+
+
+def compare_steps(voice: Voice, prompt: str, options: Options, judge: Voice) -> None:
+    """Fewer steps are faster and fill in more tokens at once, without knowing of each other: what does that cost?"""
+    print(f"nats per token: of the answer, as {visible(judge.name)} reads it\n steps   tokens/s   nats per token")
+    n = steps = min(options.max_tokens, COMPARE_TOKENS)
+    while steps >= max(1, n // 16):
+        done, length, turn, seconds = filled(voice, prompt, dataclasses.replace(options, max_tokens=n, steps=steps))
+        chances = probabilities(judge, judge.tokenizer.encode(prompt), turn.tokens) if turn.tokens else []
+        nats = -sum(map(math.log, chances)) / len(chances) if chances else math.nan
+        print(f"{done:6} {length / seconds:10.1f} {nats:16.3f}   {visible(turn.text)!r}", flush=True)
+        steps //= 2
+
+
 def compare(session: Session, argument: str) -> None:
-    """/compare [PROMPT]: speed without and with KV cache, and guessing ahead; with a second checkpoint, both answers"""
+    """/compare [PROMPT]: speed without cache, with it, guessing ahead, or with fewer steps; a second checkpoint's answer beside it"""
     prompt, n_tokens = argument or PROMPT, min(session.options.max_tokens, COMPARE_TOKENS)
     ways = {"without KV cache": {"use_cache": False}, "with KV cache": {}}
     ways |= {"and guessing": {"lookup": session.options.lookup, "step": None}} if session.options.lookup else {}
     for voice in session.voices:
         print(voice, flush=True)
+        if not voice.model.config.causal:
+            others = [v for v in session.voices if v.model.config.causal and v.tokenizer.name == voice.tokenizer.name]
+            compare_steps(voice, prompt, session.options, others[0] if others else voice)
+            continue
         tokens, found, seconds = encode(voice, prompt), [], []
         for name, way in ways.items():
             timed(voice, tokens, 2, **way)  # warm-up
@@ -439,7 +561,7 @@ def side_by_side(session: Session, prompt: str) -> None:
 
 def save(session: Session, argument: str) -> None:
     """/save FILE: write options, prompts and answers as JSON"""
-    options = {name: getattr(session.options, name) for name in ("max_tokens", *SAMPLING, "seed")}
+    options = {name: getattr(session.options, name) for name in ("max_tokens", *SAMPLING, *FILLING, "seed")}
     turns = [{key: value for key, value in asdict(turn).items() if key != "tokens"} for turn in session.turns]
     with opening(argument) as path:
         if path.exists():

@@ -4,12 +4,16 @@
     python eval_hellaswag.py --checkpoint checkpoints --num_examples 1000 --output scores.json
     python eval_hellaswag.py --checkpoint checkpoints --all                 # every checkpoint of the run, and a plot
     python eval_hellaswag.py --checkpoint hf:openai-community/gpt2          # a model of the Hub, or hf:FOLDER
+    python eval_hellaswag.py --checkpoint runs/mdm --likelihood=counts --num_mc=128   # masked diffusion, Monte Carlo
     python eval_hellaswag.py --compare a.json b.json                        # is b better than a?
     torchrun --standalone --nproc_per_node=8 eval_hellaswag.py --checkpoint checkpoints
 
 Items are read from --data, downloaded there once. Text, tokens and scores follow EleutherAI's lm-evaluation-harness:
 acc picks the ending of the highest log-likelihood, acc_norm divides it by the ending's length in characters first.
 The token mean (log-likelihood / number of tokens) is the rule of the seed and of build-nanogpt.
+
+A masked-diffusion checkpoint scores an ending by the chain rule (each token from those before it, itself and the others
+masked: exact, one pass per token), or by Monte Carlo over masks (a lower bound; diffusion.py says how).
 """
 
 # Tensor dimensions: B batch, T tokens, D dim, V vocabulary; U scored positions, W endings of a row, at most
@@ -41,6 +45,11 @@ def parse(argv: list[str] | None = None) -> Any:
     parser.add_argument("--download", action="store_true", help="only fetch the items, score nothing")
     parser.add_argument("--data", default=DATA, help=f"HellaSwag .jsonl, downloaded when it is the default [{DATA}]")
     parser.add_argument("--num_examples", type=int, help="only the first N items [all]")
+    parser.add_argument(
+        "--likelihood", choices=("chain", "mc", "counts"), help="masked diffusion: how to score [chain]"
+    )
+    parser.add_argument("--num_mc", type=int, help="masked diffusion: draws per ending of mc and counts [32]")
+    parser.add_argument("--guidance", type=float, help="masked diffusion: away from endings without context [0]")
     parser.add_argument("--output", help="write scores and items as JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run [cuda if there is one]")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="precision of the matmuls [bf16 on a GPU, else fp32]")
@@ -64,6 +73,7 @@ HUB = "Rowan/hellaswag"  # the same items as a data set of the Hub
 N_VALIDATION = 10_042
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}  # tokens forwarded at once, padding included
 HEAD_ROWS = {"cpu": 128, "cuda": 4096}  # rows of logits held at once; a CPU reuses 25 MB, but maps 50 MB anew each time
+SCORING = ("likelihood", "num_mc", "guidance")
 RULES = {"acc": "acc", "acc_norm": "acc_norm", "acc_token_mean": "token mean"}
 REFERENCES = (  # acc, acc_norm in lm-evaluation-harness
     ("chance", 25.0, 25.0),
@@ -203,14 +213,22 @@ def batches_of(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
 
 
 def score_rows(
-    model: Any, rows: list[Row], dtype: torch.dtype | None = None, progress: bool = False
+    model: Any,
+    rows: list[Row],
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    scoring: dict[str, Any] | None = None,
 ) -> list[tuple[Row, list[float], list[bool]]]:
     """Each row with (log-likelihood in nats, is it the greedy continuation?) of its endings, on every rank.
+
+    scoring: options of diffusion.log_likelihood, for a model that sees both sides.
 
     Ranks take whole batches in turn: the batches, hence the scores, are the same for any number of ranks, and all
     ranks make as many forward passes (a sharded model would wait for the missing one).
     """
     device = next(model.parameters()).device
+    if sees_both_sides(model):
+        return score_masked(model, rows, device, dtype, progress, scoring or {})
     budget = min(BATCH_TOKENS[device.type], getattr(model, "max_batch_tokens", 1 << 30))
     batches = list(batches_of(rows, budget))
     mine = batches[distributed.rank() :: distributed.world_size()]
@@ -223,6 +241,41 @@ def score_rows(
     model.train(was_training)
     sums, greedy = (torch.cat(part).tolist() if part else [] for part in zip(*scores)) if scores else ([], [])
     return [x for part in distributed.gather(list(_per_row(mine, sums, greedy))) for x in part]
+
+
+def sees_both_sides(model: Any) -> bool:
+    """A masked-diffusion model, then."""
+    return not getattr(model.config, "causal", True)
+
+
+def score_masked(
+    model: Any,
+    rows: list[Row],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: bool,
+    scoring: dict[str, Any],
+) -> list[tuple[Row, list[float], list[bool]]]:
+    """`score_rows` for masked diffusion: the ways to mask one ending are a batch. All ranks make as many passes."""
+    import diffusion
+
+    options = {**scoring, "batch_tokens": BATCH_TOKENS[device.type]}
+    rows = sorted(rows, key=lambda row: (-row.length, row.item, row.first))
+    ranks, found = distributed.world_size(), []
+    with torch.no_grad(), torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        for row in tqdm(rows[distributed.rank() :: ranks], unit="row", disable=None if progress else True):
+            parts = [
+                diffusion.log_likelihood(model, row.context, ending, **options, seed=(row.item, number))
+                for number, ending in enumerate(row.endings, row.first)
+            ]
+            found.append((row, [values.sum().item() for values, _ in parts], [greedy for _, greedy in parts]))
+        passes = [
+            sum(diffusion.passes(len(row.context), len(e), **options) for row in rows[rank::ranks] for e in row.endings)
+            for rank in range(ranks)
+        ]
+        for _ in range(max(passes) - passes[distributed.rank()]):  # a sharded model waits for all ranks in each pass
+            model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device))
+    return [x for part in distributed.gather(found) for x in part]
 
 
 def _per_row(batches: list[list[Row]], sums: list[float], greedy: list[bool]) -> Iterator[tuple]:
@@ -288,20 +341,30 @@ def _logprobs(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 
 def evaluate(
-    model: Any, tokenizer: Any, items: list[Item], *, dtype: torch.dtype | None = None, progress: bool = False
+    model: Any,
+    tokenizer: Any,
+    items: list[Item],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    scoring: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score `items` on all ranks and return what --output holds, on every rank.
 
     model: a Transformer or anything with its `hidden` and `head`. dtype: autocast to it; None = that of the weights.
+    scoring: as for `score_rows`.
     """
     started = time.monotonic()
     mine = list(enumerate(items))[distributed.rank() :: distributed.world_size()]
     share = getattr(model, "shares_contexts", True)
-    parts = distributed.gather(list(rows_of(mine, tokenizer, model.config.seq_len, share)))
+    longest = model.config.seq_len - sees_both_sides(
+        model
+    )  # an ending's last token is only predicted, or itself masked
+    parts = distributed.gather(list(rows_of(mine, tokenizer, longest, share)))
     rows = [row for part in parts for row in part]
     sums: dict[int, list[float]] = {index: [0.0] * 4 for index in range(len(items))}
     n_tokens = {index: [0] * 4 for index in range(len(items))}
-    for row, values, _ in score_rows(model, rows, dtype, progress):
+    for row, values, _ in score_rows(model, rows, dtype, progress, scoring):
         which = slice(row.first, row.first + len(values))
         sums[row.item][which], n_tokens[row.item][which] = values, map(len, row.endings)
     return {
@@ -466,12 +529,24 @@ def settings(args: Any, device: torch.device, dtype: torch.dtype | None) -> dict
     }
 
 
+def scoring_of(args: Any, model: Any) -> dict[str, Any]:
+    """The options of masked diffusion that were given. Raises ValueError for one without effect."""
+    given = {name: value for name in SCORING if (value := getattr(args, name)) is not None}
+    if given and not sees_both_sides(model):
+        raise ValueError(f"--{next(iter(given))} has no effect on an autoregressive model; leave it out")
+    if "num_mc" in given and given.get("likelihood", "chain") == "chain":
+        raise ValueError("--num_mc has no effect with the chain rule; add --likelihood=counts or mc")
+    return given
+
+
 def check(args: Any) -> None:
     """Raise ValueError for what can be known to fail before the work."""
     if not args.checkpoint:
         raise ValueError("--checkpoint is missing; give a run directory, a checkpoint file or a Hub id")
     if args.num_examples is not None and args.num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, got {args.num_examples}")
+    if args.num_mc is not None and args.num_mc < 1:
+        raise ValueError(f"num_mc must be at least 1, got {args.num_mc}")
     if args.output and (Path(args.output).is_dir() or not os.access(Path(args.output).parent, os.W_OK)):
         raise ValueError(f"cannot write {args.output}: it is a folder, or {Path(args.output).parent} is not writable")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -493,13 +568,14 @@ def score_checkpoint(path: str | Path, items: list[Item], args: Any, dist: distr
     device = torch.device(args.device) if args.device else dist.device
     dtype = torch.bfloat16 if (args.dtype or ("bf16" if device.type == "cuda" else "fp32")) == "bf16" else None
     model, tokenizer, meta = load(path, device)
-    scores = evaluate(model, tokenizer, items, dtype=dtype, progress=dist.is_main)
+    scoring = scoring_of(args, model)
+    scores = evaluate(model, tokenizer, items, dtype=dtype, progress=dist.is_main, scoring=scoring)
     if dist.is_main:
         where = meta["path"] if meta["step"] is None else f"{meta['path']}, step {meta['step']}"
         print(f"{where}\n{report(scores)}\n{scores['items_per_s']:.1f} items/s on {device}", flush=True)
     about = {"checkpoint": meta["path"], "step": meta["step"]}
     if args.output and dist.is_main:
-        about |= {"weights_sha256": weights_sha256(model), "settings": settings(args, device, dtype)}
+        about |= {"weights_sha256": weights_sha256(model), "settings": settings(args, device, dtype) | scoring}
     return about | scores
 
 

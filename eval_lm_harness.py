@@ -59,7 +59,7 @@ import torch
 
 import checkpoint
 import distributed
-from eval_hellaswag import fit, score_rows
+from eval_hellaswag import fit, score_rows, sees_both_sides
 from model import Transformer, generate_batch
 from shards import load_tokenizer
 
@@ -91,7 +91,7 @@ class Requests:
     def __init__(self, model: Transformer, tokenizer: Any, dtype: torch.dtype | None = None, progress: bool = False):
         super().__init__()  # one process as the harness sees it: all ranks get all requests and share them below
         self.model, self.encoding, self.dtype, self.progress = model, tokenizer, dtype, progress
-        self.max_length = model.config.seq_len
+        self.max_length = model.config.seq_len - sees_both_sides(model)
         self.truncated = 0  # questions whose context lost its beginning, so far
 
     @property
@@ -142,6 +142,8 @@ class Requests:
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts that continue contexts, up to a stop string: in batches of the same settings and similar length."""
+        if sees_both_sides(self.model):
+            raise ValueError("tasks that generate text need an autoregressive model; chat.py generates with this one")
         prompts = [self.encoding.encode(request.args[0]) or [self.eot_token_id] for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[1]), -len(prompts[i])))
         batches: list[list[int]] = []

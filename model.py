@@ -111,6 +111,7 @@ class Attention(nn.Module):
         is_causal: bool,
         cache: "KVCache | None",
         layer: int,
+        dropout: float,
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # [B, N, T, H]
@@ -121,7 +122,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # [B, K, S + T, H]
-        out = attend(q, k, v, mask, is_causal)
+        out = attend(q, k, v, mask, is_causal, dropout)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -130,7 +131,7 @@ def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.eps)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float = 0.0) -> Tensor:
     """Attention of q [B, N, T, H] over k, v [B, K, S, H]; causal: q are the last T of the S tokens."""
     T, S, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
     if is_causal and T < S:  # SDPA's is_causal would take q for the first T
@@ -138,7 +139,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
             alone = (attend(q[:, :, t : t + 1], k[:, :, : S - T + t + 1], v[:, :, : S - T + t + 1], None, False) for t in range(T))  # fmt: skip
             return torch.cat(list(alone), dim=2)
         mask, is_causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T), False
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
+    )
 
 
 class SwiGLU(nn.Module):
@@ -173,15 +176,16 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The whole network. `config.vocab_size` must be set."""
 
-    rope_cos: Tensor  # [seq_len, H/2]
-    rope_sin: Tensor  # [seq_len, H/2]
+    rope_cos: Tensor  # [seq_len + 1, H/2]
+    rope_sin: Tensor  # [seq_len + 1, H/2]
     padding_bias: Tensor | None  # [V]
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         assert config.vocab_size and config.head_dim, "vocab_size comes from the tokenizer"
         self.config = config
-        padded = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        rows = config.vocab_size + (not config.causal)  # one of the padded rows of a bidirectional model is MASK
+        padded = -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.embed_tokens = nn.Embedding(padded, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -197,7 +201,8 @@ class Transformer(nn.Module):
         frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
         if config.rope_scaling is not None:
             frequencies = stretch(frequencies, config.rope_scaling)
-        angles = torch.outer(torch.arange(config.seq_len, dtype=torch.float32), frequencies)  # [seq_len, H/2]
+        places = torch.arange(config.seq_len + 1, dtype=torch.float32)  # in another order the last target's may be read
+        angles = torch.outer(places, frequencies)  # [seq_len + 1, H/2]
         bias = torch.zeros(padded)
         bias[config.vocab_size :] = -math.inf  # padded tokens never win and get no gradient
         self.register_buffer("rope_cos", angles.cos(), persistent=False)
@@ -230,13 +235,14 @@ class Transformer(nn.Module):
         reduction: str = "mean",
         z_loss: float = 0.0,
         cache: "KVCache | None" = None,
+        **order: Any,
     ) -> Tensor:
         """Logits [B, T, V] (padded columns are -inf); with `targets` [B, T] the loss in nats instead.
 
         Targets of -100 carry no loss. reduction: "mean" over the targets that count, "sum", or "none" ([B, T]).
-        loss_weights [B, T] multiply the loss of each token; the mean then divides by all B*T.
+        loss_weights [B, T] multiply the loss of each token; the mean then divides by all B*T. order: as for `hidden`.
         """
-        hidden = self.hidden(tokens, cache=cache)
+        hidden = self.hidden(tokens, cache=cache, **order)
         return self.head(hidden) if targets is None else self.loss(hidden, targets, loss_weights, reduction, z_loss)
 
     def hidden(
@@ -246,10 +252,12 @@ class Transformer(nn.Module):
         cache: "KVCache | None" = None,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
+        attention_dropout: float = 0.0,
     ) -> Tensor:
         """Final hidden states [B, T, D], normalised, ready for `head`.
 
         positions [B, T] and mask (bool, broadcast to [B, N, T, S+T], true = may look) replace the usual order.
+        attention_dropout: share of attention weights set to 0, the others scaled up.
         """
         T, start = tokens.shape[1], cache.length if cache is not None else 0
         if start + T > self.config.seq_len and positions is None:
@@ -261,7 +269,7 @@ class Transformer(nn.Module):
         is_causal = mask is None and self.config.causal and T > 1
         x = self.embed_tokens(tokens)  # [B, T, D]
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, is_causal, cache, i)
+            x = block(x, cos, sin, mask, is_causal, cache, i, attention_dropout)
         if cache is not None:
             cache.length += T
         return self.norm(x)

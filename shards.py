@@ -698,10 +698,14 @@ class TokenLoader:
         self._sequences += self._stride
         return item
 
+    def numbers(self) -> range:
+        """The numbers p of the sequences of this rank's last batch."""
+        p = max(0, self._sequences - self._stride) + self.rank * self.batch_size
+        return range(p, p + self.batch_size)
+
     def where(self) -> str:
         """The places at which the sequences of this rank's last batch begin, for a message about it."""
-        p = max(0, self._sequences - self._stride) + self.rank * self.batch_size
-        places = zip(*self._order.locate(p, self.batch_size))
+        places = zip(*self._order.locate(self.numbers().start, self.batch_size))
         return "; ".join(self._windows[source].place(window) for source, window in list(places)[:4])
 
     def state_dict(self) -> dict[str, Any]:

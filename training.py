@@ -31,6 +31,7 @@ import config
 if __name__ == "__main__":  # before torch is imported, which takes seconds
     sections = {"model": "model.py:ModelConfig", "data": "shards.py:DataConfig"}
     sections |= {"optim": "optimizers.py:OptimConfig", "train": "training.py:TrainConfig"}
+    sections |= {"diffusion": "diffusion.py:DiffusionConfig"}
     config.answer_help(__doc__, sections)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin long while they wait starve on shared cores
 
@@ -39,10 +40,12 @@ import torch._functorch.config as functorch
 from torch import Tensor, nn
 
 import checkpoint
+import diffusion
 import distributed
 import eval_hellaswag
 import metrics
 import safety
+from diffusion import DiffusionConfig
 from distributed import Dist
 from model import ModelConfig, Transformer, generate
 from optimizers import (
@@ -95,7 +98,7 @@ class TrainConfig:
     activation_memory_budget: float = 1.0  # share of activations kept when compiled; less saves memory, costs time
     dtype: Literal["bf16", "fp32"] | None = None  # of activations and matmuls; none = bf16 where it is faster
     parallel: distributed.Strategy = "ddp"  # how several processes share the work
-    objective: Literal["ar"] = "ar"  # autoregressive: predict the next token
+    objective: Literal["ar", "mdm"] = "ar"  # ar = predict the next token, mdm = masked diffusion: restore masked tokens
     eval_only: str | None = None  # checkpoint to validate on the sources, then leave; no training
     tracker: Literal["wandb", "tensorboard", "trackio"] | None = None  # where rows go beside metrics.jsonl
     dry_run: bool = False  # print the plan and leave
@@ -127,6 +130,17 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+    def __post_init__(self):
+        if not self.train.eval_only:  # there the checkpoint says what it is
+            diffusion.check(self.diffusion, self.train.objective)
+        if self.train.objective == "mdm":
+            object.__setattr__(self, "model", replace(self.model, causal=False))
+        elif not self.model.causal:
+            raise ValueError(
+                "causal=false lets each token see the one that it should predict; train it with --objective=mdm"
+            )
 
 
 @dataclass(frozen=True)
@@ -384,10 +398,10 @@ def largest_that_fits(model: Transformer, cfg: Config, plan: Plan, dist: Dist) -
 
 
 def learn_nothing(model: nn.Module, cfg: Config, batch_size: int, dist: Dist) -> None:
-    """One forward and backward pass."""
+    """One forward and backward pass, which leaves the random state as it is."""
     tokens = torch.zeros(batch_size, cfg.model.seq_len, dtype=torch.long, device=dist.device)
-    with autocast(cfg, dist.device):
-        loss = model(tokens, tokens, z_loss=cfg.optim.z_loss)
+    with torch.random.fork_rng([dist.device] if dist.device.type == "cuda" else []), autocast(cfg, dist.device):
+        loss = model(**as_seen(tokens, tokens, range(batch_size), cfg), z_loss=cfg.optim.z_loss)
     loss.backward()
 
 
@@ -417,7 +431,7 @@ def train_step(
         inputs, targets = (x.to(dist.device, non_blocking=True) for x in loader.next())
         with distributed.no_sync(model, last=micro_step == micro_steps - 1):  # forward too, or DDP would reduce
             with autocast(cfg, dist.device):
-                loss = model(inputs, targets, z_loss=cfg.optim.z_loss)
+                loss = model(**as_seen(inputs, targets, loader.numbers(), cfg), z_loss=cfg.optim.z_loss)
             (loss / micro_steps).backward()
         loss_sum += loss.detach()
     loss = distributed.mean(loss_sum / micro_steps)
@@ -426,6 +440,13 @@ def train_step(
         apply(optimizer, guard.judge(loss, grad_norm))
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
+
+
+def as_seen(inputs: Tensor, targets: Tensor, numbers: range, cfg: Config) -> dict[str, Any]:
+    """What the model is called with: a batch [B, T] of the sequences of these numbers, as the objective shows it."""
+    noise = {"mask_id": cfg.model.vocab_size, "seed": cfg.train.seed}
+    noise |= {"batch_sequences": cfg.train.batch_tokens // cfg.model.seq_len}
+    return diffusion.corrupt(inputs, targets, numbers, cfg.train.objective, cfg.diffusion, **noise)
 
 
 def validate(
@@ -460,7 +481,9 @@ def eval_only(cfg: Config, dist: Dist) -> None:
                 f"{source} holds {theirs['name']} tokens, {meta['path']} reads {tokenizer.name}; prepare the text again "
                 f"with --tokenizer={tokenizer.name}"
             )
-    cfg = replace(cfg, model=model.config)
+    objective = replace(cfg.train, objective="ar" if model.config.causal else "mdm")
+    diffusion.check(cfg.diffusion, objective.objective)
+    cfg = replace(cfg, model=model.config, train=objective)
     row = validate(model, tokenizer, cfg, dist, make_plan(cfg, dist.world_size).batch_size)
     if not dist.is_main:
         return
@@ -481,22 +504,25 @@ def validation_sums(
     """[sum of losses, tokens, bytes] of one source's validation split, over all ranks."""
     lengths = torch.from_numpy(tokenizer.byte_lengths()) if tokenizer else None
     sums = torch.zeros(3, dtype=torch.float64)
-    for inputs, targets in validation_batches(
+    batches = validation_batches(
         {source: 1.0},
         seq_len=cfg.model.seq_len,
         batch_size=batch_size,
         rank=dist.rank,
         world_size=dist.world_size,
         max_tokens=cfg.train.eval_tokens,
-    ):
+    )
+    for number, (inputs, targets) in enumerate(batches):
         counted = targets >= 0
-        if not counted.any():  # filler, so that all ranks make as many steps; still a forward pass for sharded models
-            targets = inputs
+        n = int(counted.sum())  # 0 in filler: all ranks make as many steps, and sharded models as many passes
         with autocast(cfg, dist.device):
-            loss = model(inputs.to(dist.device), targets.to(dist.device))
-        n = int(counted.sum())
+            if cfg.model.causal:
+                total = n * model(inputs.to(dist.device), (targets if n else inputs).to(dist.device)).item()
+            else:  # of the same tokens
+                first = (number * dist.world_size + dist.rank) * batch_size
+                total = diffusion.nelbo(model, targets.to(dist.device), first, cfg.diffusion.num_mc).item()
         n_bytes = int(lengths[targets[counted]].sum()) if lengths is not None else 0
-        sums += torch.tensor([loss.item() * n, n, n_bytes], dtype=torch.float64)
+        sums += torch.tensor([total, n, n_bytes], dtype=torch.float64)
     return distributed.total(sums.to(dist.device)).tolist()
 
 
@@ -518,7 +544,8 @@ def sample_text(model: Transformer, tokenizer: Tokenizer | None, dist: Dist) -> 
     if tokenizer is None or not dist.is_main:
         return ""
     prompt = [tokenizer.eot_id, *tokenizer.encode(SAMPLE_PROMPT)]
-    tokens = generate(model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0, stop_token=tokenizer.eot_id)
+    write = generate if model.config.causal else diffusion.write
+    tokens = write(model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0, stop_token=tokenizer.eot_id)
     return f"sample: {SAMPLE_PROMPT + tokenizer.decode(list(tokens))!r}"
 
 
@@ -616,7 +643,12 @@ def same_model(state: dict[str, Any], cfg: Config, path: Path) -> None:
 def changed_options(state: dict[str, Any], cfg: Config) -> list[str]:
     """How this run's options differ from those a checkpoint was trained with, one line each."""
     old, new = state["config"], config.to_dict(cfg)
-    return [f"  {line}" for name in ("data", "optim", "train") for line in config.differences(old[name], new[name])]
+    return [
+        f"  {line}"
+        for name in new
+        if name != "model"
+        for line in config.differences(old.get(name, new[name]), new[name])
+    ]
 
 
 def start(
