@@ -190,7 +190,8 @@ def build_llama(shape: ModelConfig, device: str, path: None) -> tuple[nn.Module,
     """LlamaForCausalLM, which shifts its labels itself, and torch's fused AdamW."""
     import transformers
 
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**convert_hf.hf_config(shape))).to(device)
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**convert_hf.hf_config(shape)))
+    model.to(device)
     return model, torch.optim.AdamW(model.parameters(), fused=True), lambda model, x, y: model(x, labels=x).loss
 
 
@@ -249,7 +250,7 @@ def matmul_flops_per_s(device: str, dtype: torch.dtype) -> float:
     matrix = torch.randn(n, n, device=device, dtype=dtype)
     for _ in range(11):
         started = time.perf_counter()
-        matrix @ matrix
+        torch.mm(matrix, matrix)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)

@@ -311,7 +311,8 @@ def curve(rows: list[dict[str, Any]], key: str, x: str) -> tuple[list[float], li
     if not known:
         raise ValueError(f"these runs do not say their {x}; choose another --x")
     measured = [row for row in rows if row.get(key) is not None and row["tokens"] > 0]  # a logarithm has no 0
-    at = np.interp([row["tokens"] for row in measured], *zip((0, 0), *known))
+    tokens, positions = zip((0, 0), *known)
+    at = np.interp([row["tokens"] for row in measured], tokens, positions)
     return at.tolist(), [row[key] for row in measured]
 
 

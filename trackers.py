@@ -33,7 +33,10 @@ def wandb_run(run_dir: Path, config: dict[str, Any], step: int) -> Tracker:
     """https://docs.wandb.ai; its WANDB_* variables say project, name, tags, entity and mode."""
     import wandb
 
-    named = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": os.environ.get("WANDB_NAME", run_dir.name)}
+    named: Any = {
+        "project": os.environ.get("WANDB_PROJECT", PROJECT),
+        "name": os.environ.get("WANDB_NAME", run_dir.name),
+    }
     record = hashlib.sha256(str(run_dir).encode()).hexdigest()[:12]
     run = wandb.init(**named, id=os.environ.get("WANDB_RUN_ID", record), resume="allow", config=config, dir=run_dir)
     first = run.step

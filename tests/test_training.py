@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import data_pipeline
@@ -358,7 +359,7 @@ def test_between_log_lines_nothing_waits_for_the_device(name, data):
     assert waits.count == 1, "the count counts"
 
 
-class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+class Waits(TorchDispatchMode):
     """Counts the reads of a tensor's value by the host."""
 
     count = 0
