@@ -81,14 +81,15 @@ class TrainConfig:
     compile: bool | None = None  # torch.compile the model; none = on a GPU
     activation_memory_budget: float = 1.0  # share of activations kept when compiled; less saves memory, costs time
     dtype: Literal["bf16", "fp32"] | None = None  # of activations and matmuls; none = bf16 where it is faster
-    parallel: distributed.Strategy = "ddp"  # how several processes share the work
+    parallel: distributed.Strategy = "ddp"  # ddp, fsdp or hsdp: fsdp cuts the weights, hsdp cuts them within each node
+    tensor_parallel: int = 1  # neighbouring GPUs that share each matrix product, with fsdp or hsdp
     objective: Literal["ar"] = "ar"  # autoregressive: predict the next token
     eval_only: str | None = None  # checkpoint to validate on the sources, then leave; no training
     dry_run: bool = False  # print the plan and leave
     dollars_per_gpu_hour: float = 2.0  # for the plan's cost
 
     def __post_init__(self):
-        for name in ("max_tokens", "batch_tokens", "batch_size", "eval_tokens"):
+        for name in ("max_tokens", "batch_tokens", "batch_size", "eval_tokens", "tensor_parallel"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("log_every", "eval_every", "checkpoint_every", "sample_every", "seed"):
@@ -155,9 +156,9 @@ def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
     lines = [
         f"model      {plan.params:,} parameters, {plan.flops_per_token / 1e9:.3g} GFLOP per token",
         f"batch      {cfg.train.batch_tokens:,} tokens = {plan.batch_size} sequences x {cfg.model.seq_len} tokens x "
-        f"{plan.micro_steps} micro-steps x {dist.world_size} processes",
+        f"{plan.micro_steps} micro-steps x {dist.data_size} processes",
         f"run        {plan.steps:,} steps, {tokens:,} tokens ({tokens / plan.params:.1f} per parameter), {flops:.3g} FLOP",
-        f"memory     {16 * plan.params / 1e9:.2f} GB per process for weights, gradients and AdamW, plus activations",
+        f"memory     {16 * plan.params / dist.parts / 1e9:.2f} GB per process for weights, gradients and AdamW, plus activations",
         f"disk       {saves} checkpoints of {12 * plan.params / 1e9:.2f} GB in {cfg.train.run_dir}",
     ]
     if peak := metrics.peak_flops(device_name(dist.device)):
@@ -173,7 +174,7 @@ def main(cfg: Config) -> None:
     """Train as `cfg` says, in this process or as one rank of torchrun. Exits with a code of safety.py if stopped."""
     if cfg.train.kill_switch and Path(cfg.train.kill_switch).exists():
         raise ValueError(f"the kill switch {cfg.train.kill_switch} exists; remove it to train")
-    dist = distributed.init(cfg.train.timeout)
+    dist = distributed.init(cfg.train.timeout, cfg.train.parallel, cfg.train.tensor_parallel)
     try:
         alone = eval_only if cfg.train.eval_only else dry_run if cfg.train.dry_run else None
         reason = alone(cfg, dist) if alone else train(cfg, dist)
@@ -194,7 +195,7 @@ def dry_run(cfg: Config, dist: Dist) -> None:
         loader.close()
     else:
         cfg = with_vocabulary(cfg, None)
-        plan = make_plan(cfg, dist.world_size)
+        plan = make_plan(cfg, dist.data_size)
     if dist.is_main:
         print(describe(plan, cfg, dist))
 
@@ -212,19 +213,20 @@ def train(cfg: Config, dist: Dist) -> str | None:
     log = open_run_dir(cfg, dist, plan.steps)
     torch.manual_seed(cfg.train.seed)
     torch.set_float32_matmul_precision("high")
-    raw_model = Transformer(cfg.model).to(dist.device)
+    narrow = torch.bfloat16 if uses_bf16(cfg, dist.device) else None
+    raw_model: Any = distributed.build(lambda: Transformer(cfg.model), dist, narrow)
     optimizer = build_optimizer(raw_model, cfg.optim, distributed.spread)
     guard = safety.Guard(dist.device, cfg.train.skip_spikes)
     step, tokens, elapsed_s = start(state, cfg, raw_model, optimizer, guard, log)
-    average = Average(raw_model, cfg.optim.ema, state) if cfg.optim.ema else None
+    average = Average(raw_model, cfg.optim.ema, state, distributed.part_like) if cfg.optim.ema else None
     del state  # its pages of the checkpoint file
     write_config(cfg, dist)
     tokenizer = tokenizer_if_there(loader, log)
     compile_model(raw_model, cfg, dist)
     if cfg.train.batch_size == "auto":
-        plan = make_plan(cfg, dist.world_size, loader.tokens_per_epoch, largest_that_fits(raw_model, cfg, plan, dist))
+        plan = make_plan(cfg, dist.data_size, loader.tokens_per_epoch, largest_that_fits(raw_model, cfg, plan, dist))
         loader.resize(plan.batch_size)
-    model = distributed.parallelize(raw_model, dist, cfg.train.parallel)
+    model = distributed.parallelize(raw_model, dist)
     if dist.world_size > 1:
         rehearse(model, cfg, plan, dist)
     writer = checkpoint.Writer(cfg.train.run_dir, log.say, cfg.train.keep_every)
@@ -245,13 +247,13 @@ def train(cfg: Config, dist: Dist) -> str | None:
             if reason and not last:
                 break
             if last or every(step, cfg.train.eval_every):
-                with watch.paused(), swapped_in(average):
+                with watch.paused(), swapped_in(average), distributed.evaluating(raw_model, narrow):
                     log.report(step, tokens, **validate(raw_model, tokenizer, cfg, dist, plan.batch_size))
             if last or (step and every(step, cfg.train.checkpoint_every)):
-                with watch.paused(), swapped_in(average):
+                with watch.paused(), swapped_in(average), distributed.evaluating(raw_model, narrow):
                     log.report(step, tokens, **hellaswag(raw_model, tokenizer, cfg, dist, log))
             if last or (step and every(step, cfg.train.sample_every)):
-                with watch.paused(), swapped_in(average):
+                with watch.paused(), swapped_in(average), distributed.evaluating(raw_model, narrow):
                     log.line(sample_text(raw_model, tokenizer, dist))
             if last:
                 break
@@ -295,7 +297,8 @@ def compile_model(model: Transformer, cfg: Config, dist: Dist) -> None:
     """torch.compile in place, where it is wanted; a smaller budget of activations computes some of them twice."""
     if cfg.train.compile if cfg.train.compile is not None else dist.device.type == "cuda":
         functorch.activation_memory_budget = cfg.train.activation_memory_budget
-        model.compile(dynamic=False)
+        for part in model.layers if dist.sharded else [model]:  # a sharded layer is gathered between two of them
+            part.compile(dynamic=False)
     elif cfg.train.activation_memory_budget < 1:
         raise ValueError("activation_memory_budget has no effect without --compile")
 
@@ -306,7 +309,7 @@ def largest_that_fits(model: Transformer, cfg: Config, plan: Plan, dist: Dist) -
         return CPU_AUTO
     size, room = (
         plan.batch_size,
-        0.94 * torch.cuda.mem_get_info()[1] - 20 * plan.params,
+        0.94 * torch.cuda.mem_get_info()[1] - 20 * plan.params / dist.parts,
     )  # AdamW's or Muon's state to come
     while size > 1:
         torch.cuda.reset_peak_memory_stats()
@@ -319,7 +322,7 @@ def largest_that_fits(model: Transformer, cfg: Config, plan: Plan, dist: Dist) -
         torch.cuda.empty_cache()
         if not distributed.largest(int(tight)):
             break
-        size = max(n for n in range(1, size) if plan.batch_sequences // dist.world_size % n == 0)
+        size = max(n for n in range(1, size) if plan.batch_sequences // dist.data_size % n == 0)
     return size
 
 
@@ -399,7 +402,7 @@ def eval_only(cfg: Config, dist: Dist) -> None:
                 f"with --tokenizer={tokenizer.name}"
             )
     cfg = replace(cfg, model=model.config)
-    row = validate(model, tokenizer, cfg, dist, make_plan(cfg, dist.world_size).batch_size)
+    row = validate(model, tokenizer, cfg, dist, make_plan(cfg, dist.data_size).batch_size)
     if not dist.is_main:
         return
     rows = [("all tokens (micro)", row["val_loss"], row["val_bpb"])]
@@ -423,8 +426,8 @@ def validation_sums(
         {source: 1.0},
         seq_len=cfg.model.seq_len,
         batch_size=batch_size,
-        rank=dist.rank,
-        world_size=dist.world_size,
+        rank=dist.data_rank,
+        world_size=dist.data_size,
         max_tokens=cfg.train.eval_tokens,
     ):
         counted = targets >= 0
@@ -452,12 +455,13 @@ def hellaswag(model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist
 
 
 def sample_text(model: Transformer, tokenizer: Tokenizer | None, dist: Dist) -> str:
-    """How the model continues SAMPLE_PROMPT, as one quoted line; rank 0 only."""
-    if tokenizer is None or not dist.is_main:
+    """How the model continues SAMPLE_PROMPT, as one quoted line. Ranks that hold a part of the weights all take part."""
+    if tokenizer is None or not (dist.is_main or dist.sharded):
         return ""
     prompt = [tokenizer.eot_id, *tokenizer.encode(SAMPLE_PROMPT)]
-    tokens = generate(model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0, stop_token=tokenizer.eot_id)
-    return f"sample: {SAMPLE_PROMPT + tokenizer.decode(list(tokens))!r}"
+    tokens = list(generate(model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0))  # as many on every rank
+    tokens = tokens[: tokens.index(tokenizer.eot_id)] if tokenizer.eot_id in tokens else tokens
+    return f"sample: {SAMPLE_PROMPT + tokenizer.decode(tokens)!r}"
 
 
 def with_vocabulary(cfg: Config, data_vocab: int | None) -> Config:
@@ -475,21 +479,21 @@ def open_data(cfg: Config, dist: Dist) -> tuple[Config, Plan, TokenLoader]:
     """What the data decide: the vocabulary, the length of an epoch; and this rank's training batches."""
     first = Dataset(next(iter(cfg.data.sources)))  # the loader checks that all sources have one tokenizer
     cfg = with_vocabulary(cfg, first.tokenizer["vocab_size"])
-    plan = make_plan(cfg, dist.world_size)
+    plan = make_plan(cfg, dist.data_size)
     loader = TokenLoader(
         cfg.data.sources,
         seq_len=cfg.model.seq_len,
         batch_size=plan.batch_size,
         batch_sequences=plan.batch_sequences,
-        rank=dist.rank,
-        world_size=dist.world_size,
+        rank=dist.data_rank,
+        world_size=dist.data_size,
         seed=cfg.train.seed,
         vocab_size=cfg.model.vocab_size,
         stages=cfg.data.stages,
         unique_tokens=cfg.data.unique_tokens,
         pin_memory=dist.device.type == "cuda",
     )
-    return cfg, make_plan(cfg, dist.world_size, loader.tokens_per_epoch), loader
+    return cfg, make_plan(cfg, dist.data_size, loader.tokens_per_epoch), loader
 
 
 def tokenizer_if_there(loader: TokenLoader, log: metrics.MetricsLog) -> Tokenizer | None:

@@ -176,7 +176,7 @@ def test_muon_is_these_lines():
 def test_muon_shared_by_ranks_is_muon_alone():
     """Three ranks, each orthogonalising its share: the same directions as one that does them all."""
 
-    def three_ranks(work, batch):
+    def three_ranks(work, batch, like):
         shares = batch.tensor_split(3)
         return torch.cat([work(share) for share in shares if len(share)])
 
