@@ -19,6 +19,7 @@ How processes share the work (--parallel), with torch's own DistributedDataParal
 import contextlib
 import gc
 import inspect
+import math
 import os
 import sys
 import time
@@ -341,6 +342,46 @@ def share(items: list, filler: Any) -> list:
 def gather_shares(value: Any) -> list[Any]:
     """`gather`, with one value of the ranks that have the same share."""
     return gather(value)[::_neighbours]
+
+
+def link_speed(device: torch.device, n_bytes: int) -> float:
+    """GB/s at which this rank sends and receives at once, with the better of its two neighbours: a slow rank is slow
+    with both. Infinite for a single rank."""
+    if world_size() == 1:
+        return math.inf
+    speeds = []
+    for shift in (0, 1):  # pairs (0, 1), (2, 3), ...; then (1, 2), ..., (n - 1, 0)
+        other = (rank() + (1 if (rank() + shift) % 2 == 0 else -1)) % world_size()
+        alone = world_size() % 2 and rank() == (world_size() - 1 if not shift else 0)
+        speeds.append(0.0 if alone else _exchange(device, n_bytes, other))
+    return max(speeds)
+
+
+def _exchange(device: torch.device, n_bytes: int, other: int) -> float:
+    sent, received = (torch.zeros(n_bytes // 4, device=device) for _ in range(2))
+    times = []
+    for _ in range(3):  # the first one connects
+        started = time.perf_counter()
+        moves = [torch_dist.P2POp(torch_dist.isend, sent, other), torch_dist.P2POp(torch_dist.irecv, received, other)]
+        for work in torch_dist.batch_isend_irecv(moves):
+            work.wait()
+        received[0].item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return n_bytes / min(times) / 1e9
+
+
+def all_reduce_speed(device: torch.device, n_bytes: int) -> float:
+    """GB/s over each link during an all-reduce: a ring moves 2 (n - 1) / n of the bytes (NCCL's "bus bandwidth")."""
+    if world_size() == 1:
+        return math.inf
+    values, times = torch.zeros(n_bytes // 4, device=device), []
+    for _ in range(4):
+        barrier()
+        started = time.perf_counter()
+        torch_dist.all_reduce(values)
+        values[0].item()
+        times.append(time.perf_counter() - started)
+    return 2 * (world_size() - 1) / world_size() * n_bytes / min(times) / 1e9
 
 
 def barrier() -> None:

@@ -86,6 +86,7 @@ class TrainConfig:
     objective: Literal["ar"] = "ar"  # autoregressive: predict the next token
     eval_only: str | None = None  # checkpoint to validate on the sources, then leave; no training
     dry_run: bool = False  # print the plan and leave
+    preflight: bool = False  # check that all ranks' machines, clocks, data and links are alike, then leave
     dollars_per_gpu_hour: float = 2.0  # for the plan's cost
 
     def __post_init__(self):
@@ -177,6 +178,7 @@ def main(cfg: Config) -> None:
     dist = distributed.init(cfg.train.timeout, cfg.train.parallel, cfg.train.tensor_parallel)
     try:
         alone = eval_only if cfg.train.eval_only else dry_run if cfg.train.dry_run else None
+        alone = preflight if cfg.train.preflight else alone
         reason = alone(cfg, dist) if alone else train(cfg, dist)
     except RuntimeError as error:
         if dist.world_size == 1 or not any(name in str(error).lower() for name in ("gloo", "nccl")):
@@ -198,6 +200,14 @@ def dry_run(cfg: Config, dist: Dist) -> None:
         plan = make_plan(cfg, dist.data_size)
     if dist.is_main:
         print(describe(plan, cfg, dist))
+
+
+def preflight(cfg: Config, dist: Dist) -> None:
+    """Compare the ranks' machines, before hours are spent on one that is ill."""
+    import preflight
+
+    params = make_plan(with_vocabulary(cfg, None), 1).params
+    preflight.fly(dist, cfg.train.run_dir, cfg.data.sources, disk_gb=2 * 12 * params / 1e9)
 
 
 def train(cfg: Config, dist: Dist) -> str | None:

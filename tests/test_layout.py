@@ -20,6 +20,7 @@ IMPORTS = {
     "data_pipeline": {"config", "shards"},
     "checkpoint": {"config", "model", "distributed"},
     "safety": {"distributed"},
+    "preflight": {"config", "shards", "distributed"},
     "eval_hellaswag": {"config", "model", "shards", "checkpoint", "distributed", "diffusion"},
     "chat": {"config", "model", "shards", "checkpoint", "diffusion"},
 }
@@ -27,7 +28,7 @@ IMPORTS["training"] = IMPORTS.keys() - {"chat", "data_pipeline"}
 EXTRAS = ("convert_hf", "eval_lm_harness", "scaling_laws", "benchmark")  # import anything above, imported by nothing
 IMPORTS |= {name: set(IMPORTS) for name in EXTRAS}
 IMPORTS["benchmark"].add("convert_hf")  # measures transformers with the same weights
-LAZY = {"diffusion"}  # imported inside the branch that needs it
+LAZY = {"diffusion", "preflight"}  # imported inside the branch that needs it
 
 REQUIREMENTS = {"torch", "numpy", "tiktoken", "datasets", "huggingface-hub", "tqdm", "matplotlib"}
 AT_THE_TOP = {"torch", "numpy", "tiktoken", "tqdm"}  # the others only inside the function that needs them
