@@ -156,6 +156,10 @@ class Muon(torch.optim.AdamW):
 
     spread: Spread = staticmethod(lambda work, batch, like: work(batch))  # type: ignore[assignment]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Part of load_state_dict. Adam's mends old files and looks for a "step" that momenta lack."""
+        Optimizer.__setstate__(self, state)
+
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
         """One update; found_inf = 1 leaves weights and momentum as they are, without a synchronisation."""

@@ -265,3 +265,22 @@ def test_clipping_scales_the_whole_gradient_and_tells_its_norm_before(max_norm, 
     factor = 0.5 / norm if max_norm == 0.5 else 1.0
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, before[name] * factor, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_that_is_loaded_goes_on_as_if_nothing_had_happened(name):
+    cfg = OptimConfig(optimizer=name, max_lr=1e-2)
+    models = [tiny_model(), tiny_model()]
+    one, other = (build_optimizer(model, cfg) for model in models)
+    for step in range(4):
+        if step == 2:
+            models[1].load_state_dict(models[0].state_dict())
+            other.load_state_dict(copy.deepcopy(one.state_dict()))
+        for model, optimizer in zip(models, (one, other), strict=True):
+            if model is models[0] or step >= 2:
+                torch.manual_seed(step)
+                for p in model.parameters():
+                    p.grad = torch.randn(p.shape)
+                apply(optimizer, torch.tensor(0.0))
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
