@@ -17,6 +17,7 @@ How processes share the work (--parallel), with torch's own DistributedDataParal
 """
 
 import contextlib
+import functools
 import gc
 import inspect
 import math
@@ -34,12 +35,21 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 Strategy = Literal["ddp", "fsdp", "hsdp"]
+Recompute = Literal["none", "selective", "full"]
+DEAR = [  # results that selective recomputing keeps: matmuls and every kind of attention
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 _neighbours = 1  # tensor_parallel of this process, beside torch's own state of the process group
 TIMEOUT_S = 600.0  # a rank silent for longer is dead: NCCL's own default; gloo would wait 30 minutes
 
@@ -149,26 +159,31 @@ def silent_ranks(patience_s: float = 5.0) -> str:
     return f"rank {', '.join(silent)} does not answer" if silent else "a rank was late"
 
 
-def build(make: Callable[[], nn.Module], dist: Dist, dtype: torch.dtype | None = None) -> nn.Module:
+def build(
+    make: Callable[[], nn.Module], dist: Dist, dtype: torch.dtype | None = None, cpu_offload: bool = False
+) -> nn.Module:
     """The model that `make` creates, on this rank's device: all of it, or this rank's part under fsdp and hsdp.
 
     Sharded, only rank 0 ever holds the whole, in its host's memory; the others' parts come from there.
-    dtype: of the weights that the ranks exchange and multiply by; those they keep are fp32.
+    dtype: of the weights that the ranks exchange and multiply by; those they keep are fp32. cpu_offload: they keep them,
+    gradients and optimizer state in host memory, and the optimizer steps there.
     """
+    if cpu_offload and (not dist.sharded or dist.world_size == 1):
+        raise ValueError("cpu_offload goes with --parallel=fsdp or hsdp and several processes")
     if not dist.sharded or dist.world_size == 1:
         return make().to(dist.device)
     with torch.device("meta"):
         model: Any = make()
-    shard(model, dist, dtype)
-    model.to_empty(device=dist.device)
-    model.build_tables()
-    model.to(dist.device)
+    shard(model, dist, dtype, CPUOffloadPolicy(dist.device.type == "cuda") if cpu_offload else OffloadPolicy())
+    model.to_empty(device="cpu" if cpu_offload else dist.device)
+    with dist.device:
+        model.build_tables()
     weights = make().state_dict() if dist.is_main else {}
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return model
 
 
-def shard(model: Any, dist: Dist, dtype: torch.dtype | None) -> None:
+def shard(model: Any, dist: Dist, dtype: torch.dtype | None, offload: OffloadPolicy) -> None:
     """Cut a Transformer's weights in place: first across tensor_parallel neighbours, then across `dist.shards` ranks."""
     shape = (dist.data_size // dist.shards, dist.shards, dist.tensor_parallel)
     mesh = init_device_mesh(dist.device.type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
@@ -178,8 +193,9 @@ def shard(model: Any, dist: Dist, dtype: torch.dtype | None) -> None:
     copies = mesh["replicate", "shard"] if shape[0] > 1 else mesh["shard"]
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:  # the gains stay with the root: in bf16 they would lose digits for nothing
-        fully_shard([block.self_attn, block.mlp], mesh=copies, mp_policy=narrow, shard_placement_fn=_other_dim)
-    fully_shard(model, mesh=copies)
+        both = [block.self_attn, block.mlp]
+        fully_shard(both, mesh=copies, mp_policy=narrow, offload_policy=offload, shard_placement_fn=_other_dim)
+    fully_shard(model, mesh=copies, offload_policy=offload)
 
 
 def split_products(block: Any, mesh: DeviceMesh) -> None:
@@ -205,6 +221,21 @@ def _other_dim(parameter: nn.Parameter) -> Shard | None:
     """The dimension that tensor parallelism has left whole; None means the first."""
     split = isinstance(parameter, DTensor) and any(p.is_shard(0) for p in parameter.placements)
     return Shard(1) if split else None
+
+
+def recompute(model: Any, policy: Recompute) -> None:
+    """Keep less of each block for the backward pass, in place, and compute the rest again there.
+
+    full: only the block's input is kept, for a third more computing. selective: also the results of matmuls and
+    attention, so that only what is cheap is done twice (arXiv:2205.05198).
+    """
+    if policy == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
+    if policy == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, DEAR)
+    for block in model.layers:
+        block.forward = functools.partial(checkpoint, block.forward, **options)
 
 
 def parallelize(model: nn.Module, dist: Dist) -> nn.Module:

@@ -229,7 +229,8 @@ class Lion(Optimizer):
 def apply(optimizer: Optimizer, skip: Tensor) -> None:
     """One optimizer step, or none where `skip` is 1. Fused kernels and our own look at it on the device, others cost a wait."""
     if optimizer.defaults.get("fused") or isinstance(optimizer, Lion):
-        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        device = optimizer.param_groups[0]["params"][0].device  # the host's, if the weights are there
+        optimizer.found_inf = skip.to(device)  # type: ignore[attr-defined]
         optimizer.step()
     elif not skip.item():
         optimizer.step()

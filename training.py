@@ -82,6 +82,10 @@ class TrainConfig:
     activation_memory_budget: float = 1.0  # share of activations kept when compiled; less saves memory, costs time
     dtype: Literal["bf16", "fp32"] | None = None  # of activations and matmuls; none = bf16 where it is faster
     parallel: distributed.Strategy = "ddp"  # ddp, fsdp or hsdp: fsdp cuts the weights, hsdp cuts them within each node
+    cpu_offload: bool = False  # keep weights and optimizer state in host memory, with fsdp or hsdp; slow
+    recompute: distributed.Recompute = (
+        "none"  # none, selective (not matmuls) or full: activations computed twice, not kept
+    )
     tensor_parallel: int = 1  # neighbouring GPUs that share each matrix product, with fsdp or hsdp
     objective: Literal["ar"] = "ar"  # autoregressive: predict the next token
     eval_only: str | None = None  # checkpoint to validate on the sources, then leave; no training
@@ -224,7 +228,7 @@ def train(cfg: Config, dist: Dist) -> str | None:
     torch.manual_seed(cfg.train.seed)
     torch.set_float32_matmul_precision("high")
     narrow = torch.bfloat16 if uses_bf16(cfg, dist.device) else None
-    raw_model: Any = distributed.build(lambda: Transformer(cfg.model), dist, narrow)
+    raw_model: Any = distributed.build(lambda: Transformer(cfg.model), dist, narrow, cfg.train.cpu_offload)
     optimizer = build_optimizer(raw_model, cfg.optim, distributed.spread)
     guard = safety.Guard(dist.device, cfg.train.skip_spikes)
     step, tokens, elapsed_s = start(state, cfg, raw_model, optimizer, guard, log)
@@ -232,6 +236,7 @@ def train(cfg: Config, dist: Dist) -> str | None:
     del state  # its pages of the checkpoint file
     write_config(cfg, dist)
     tokenizer = tokenizer_if_there(loader, log)
+    distributed.recompute(raw_model, cfg.train.recompute)
     compile_model(raw_model, cfg, dist)
     if cfg.train.batch_size == "auto":
         plan = make_plan(cfg, dist.data_size, loader.tokens_per_epoch, largest_that_fits(raw_model, cfg, plan, dist))
@@ -373,7 +378,7 @@ def train_step(
             (loss / micro_steps).backward()
         loss_sum += loss.detach()
     loss = distributed.mean(loss_sum / micro_steps)
-    grad_norm = clip_gradients(model, cfg.optim.grad_clip)
+    grad_norm = clip_gradients(model, cfg.optim.grad_clip).to(dist.device)
     apply(optimizer, guard.judge(loss, grad_norm))
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm

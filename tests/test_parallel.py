@@ -1,14 +1,20 @@
 """One run, many ways to share it out: every mode learns what one process learns, and each rank holds its part only."""
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from conftest import tiny_model
 from test_training import ROOT, data  # noqa: F401  # the fixture
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import distributed
@@ -103,6 +109,8 @@ slow = pytest.mark.slow
     [
         ("adamw", 2, 1, ["--parallel=fsdp"]),
         ("muon", 2, 1, ["--parallel=fsdp", "--tensor_parallel=2"]),
+        pytest.param("adamw", 2, 1, ["--parallel=fsdp", "--recompute=full"], marks=slow),
+        pytest.param("adamw", 2, 1, ["--parallel=fsdp", "--recompute=selective", "--cpu_offload"], marks=slow),
         pytest.param("muon", 4, 1, ["--parallel=fsdp"], marks=slow),
         pytest.param("muon", 4, 1, ["--parallel=fsdp", "--tensor_parallel=2"], marks=slow),
         pytest.param("adamw", 4, 2, ["--parallel=hsdp"], marks=slow),
@@ -232,3 +240,43 @@ def test_an_arrangement_that_cannot_be_is_one_line(layout, hint):
 def test_in_one_process_every_strategy_is_the_plain_run(alone, data, items, tmp_path):  # noqa: F811
     training.main(parse_config(training.Config, arguments(data, items, tmp_path, "--parallel=hsdp")))
     assert values(tmp_path, "loss") == values(alone("adamw"), "loss")
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all results that are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.seen.pop, storage._cdata)
+        return out
+
+
+def test_recomputing_gives_the_same_gradients_from_less_memory():
+    """Bytes alive between the forward and the backward pass: all, what is dear, a block's input."""
+    tokens = torch.randint(0, 97, (4, 32), generator=torch.Generator().manual_seed(0))
+    kept, grads = {}, {}
+    for policy in get_args(distributed.Recompute):
+        model = tiny_model(n_layers=4, seq_len=32).train()
+        distributed.recompute(model, policy)
+        with Live() as live:
+            loss = model(tokens, tokens)
+            gc.collect()
+            kept[policy] = sum(live.seen.values())
+        loss.backward()
+        grads[policy] = [p.grad for p in model.parameters()]
+    assert kept["full"] < 0.5 * kept["selective"] and kept["selective"] < 0.8 * kept["none"], kept
+    for policy in ("selective", "full"):
+        assert all(torch.equal(a, b) for a, b in zip(grads[policy], grads["none"], strict=True))
+
+
+def test_offloading_needs_parts():
+    with pytest.raises(ValueError, match="cpu_offload goes with --parallel=fsdp"):
+        distributed.build(tiny_model, distributed.Dist(), cpu_offload=True)
