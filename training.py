@@ -83,9 +83,7 @@ class TrainConfig:
     dtype: Literal["bf16", "fp32"] | None = None  # of activations and matmuls; none = bf16 where it is faster
     parallel: distributed.Strategy = "ddp"  # ddp, fsdp or hsdp: fsdp cuts the weights, hsdp cuts them within each node
     cpu_offload: bool = False  # keep weights and optimizer state in host memory, with fsdp or hsdp; slow
-    recompute: distributed.Recompute = (
-        "none"  # none, selective (not matmuls) or full: activations computed twice, not kept
-    )
+    recompute: distributed.Recompute = "none"  # activations computed twice, not kept: none, selective or full
     tensor_parallel: int = 1  # neighbouring GPUs that share each matrix product, with fsdp or hsdp
     objective: Literal["ar"] = "ar"  # autoregressive: predict the next token
     eval_only: str | None = None  # checkpoint to validate on the sources, then leave; no training
@@ -133,11 +131,13 @@ def make_plan(cfg: Config, world_size: int, tokens_per_epoch: int | None = None,
     """Derive steps and micro-steps; `fits` is the limit of batch_size "auto". Raises ValueError with the nearest batch."""
     seq_len, batch_tokens = cfg.model.seq_len, cfg.train.batch_tokens
     limit = fits if cfg.train.batch_size == "auto" else cfg.train.batch_size
-    unit = seq_len * world_size
+    sequences, unit = batch_tokens // seq_len, seq_len * world_size
     share = batch_tokens // unit  # sequences per rank and optimizer step
     batch_size = max((n for n in range(1, limit + 1) if share and share % n == 0), default=0)
-    if batch_tokens % unit or (batch_size <= limit // 2 and share > limit and cfg.train.batch_size != "auto"):
-        step = unit if batch_tokens % unit else unit * limit
+    if share and batch_tokens % unit and not batch_tokens % seq_len:
+        batch_size = least_idle(sequences, world_size, limit)
+    elif batch_tokens % unit or (batch_size <= limit // 2 and share > limit and cfg.train.batch_size != "auto"):
+        step = seq_len * world_size if batch_tokens % unit else unit * limit
         raise ValueError(
             f"batch_tokens ({batch_tokens}) does not split into micro-steps of about batch_size ({cfg.train.batch_size})"
             f" x seq_len ({seq_len}) x processes ({world_size}); try --batch_tokens={max(1, round(batch_tokens / step)) * step}"
@@ -148,8 +148,16 @@ def make_plan(cfg: Config, world_size: int, tokens_per_epoch: int | None = None,
         raise ValueError(f"max_tokens ({tokens}) is less than one step of batch_tokens ({batch_tokens})")
     with torch.device("meta"):
         shape = Transformer(cfg.model)
-    sequences = batch_tokens // seq_len
-    return Plan(steps, sequences, batch_size, share // batch_size, shape.num_params(), shape.flops_per_token())
+    micro_steps = -(-sequences // (batch_size * world_size))
+    return Plan(steps, sequences, batch_size, micro_steps, shape.num_params(), shape.flops_per_token())
+
+
+def least_idle(sequences: int, world_size: int, limit: int) -> int:
+    """Sequences per micro-step where the ranks do not divide the batch (three of an elastic run's four nodes): in the
+    last round some have nothing to do. At least 8 where that can be: smaller micro-steps are slow."""
+    sizes = [n for n in range(1, min(limit, -(-sequences // world_size)) + 1) if sequences % n == 0]
+    sizes = [n for n in sizes if n >= min(limit, 8)] or sizes
+    return min(sizes, key=lambda n: (n * -(-sequences // (n * world_size)), -n))
 
 
 def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
@@ -375,8 +383,8 @@ def train_step(
         with distributed.no_sync(model, last=micro_step == micro_steps - 1):  # forward too, or DDP would reduce
             with autocast(cfg, dist.device):
                 loss = model(inputs, targets, z_loss=cfg.optim.z_loss)
-            (loss / micro_steps).backward()
-        loss_sum += loss.detach()
+            (loss * loader.weight / micro_steps).backward()
+        loss_sum += loss.detach() * loader.weight
     loss = distributed.mean(loss_sum / micro_steps)
     grad_norm = clip_gradients(model, cfg.optim.grad_clip).to(dist.device)
     apply(optimizer, guard.judge(loss, grad_norm))

@@ -111,6 +111,8 @@ slow = pytest.mark.slow
         ("muon", 2, 1, ["--parallel=fsdp", "--tensor_parallel=2"]),
         pytest.param("adamw", 2, 1, ["--parallel=fsdp", "--recompute=full"], marks=slow),
         pytest.param("adamw", 2, 1, ["--parallel=fsdp", "--recompute=selective", "--cpu_offload"], marks=slow),
+        ("adamw", 3, 1, ["--parallel=ddp"]),  # 8 micro-batches on 3 ranks: one sits out the last round
+        pytest.param("adamw", 3, 1, ["--parallel=fsdp"], marks=slow),
         pytest.param("muon", 4, 1, ["--parallel=fsdp"], marks=slow),
         pytest.param("muon", 4, 1, ["--parallel=fsdp", "--tensor_parallel=2"], marks=slow),
         pytest.param("adamw", 4, 2, ["--parallel=hsdp"], marks=slow),
@@ -280,3 +282,13 @@ def test_recomputing_gives_the_same_gradients_from_less_memory():
 def test_offloading_needs_parts():
     with pytest.raises(ValueError, match="cpu_offload goes with --parallel=fsdp"):
         distributed.build(tiny_model, distributed.Dist(), cpu_offload=True)
+
+
+@pytest.mark.parametrize("world_size", range(1, 33))
+def test_any_number_of_ranks_trains_on_the_batch_in_tokens(world_size):
+    """The 416M run's 640 sequences on 1 to 32 GPUs: the same steps, and few ranks idle."""
+    cfg = training.with_vocabulary(training.Config(), None)
+    plan = training.make_plan(cfg, world_size)
+    done = plan.batch_size * plan.micro_steps * world_size
+    assert (plan.steps, plan.batch_sequences) == (15_258, 640) and plan.batch_sequences % plan.batch_size == 0
+    assert 640 <= done < 640 * 1.2 and (done == 640 or 640 % world_size)
