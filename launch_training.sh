@@ -100,7 +100,7 @@ else
         where=(--nnodes="$nodes" --rdzv_backend=c10d --rdzv_endpoint="${MASTER_ADDR:?}:${MASTER_PORT:-29500}")
         where+=(--rdzv_id="${RUN_ID:-nano416}" --rdzv_conf="is_host=$first" --max_restarts="${MAX_RESTARTS:-3}")
         [ -z "${LOCAL_ADDR:-}" ] || where+=(--local_addr="$LOCAL_ADDR")
-        export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # else SIGUSR1 orphans the workers
+        where+=(--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1) # the last would orphan the workers
         export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100 # seconds to save in; Slurm's --signal gives 120
         trap - EXIT
         exec torchrun "${where[@]}" --nproc_per_node="$processes" training.py "${config[@]}" "$@"

@@ -291,4 +291,4 @@ def test_any_number_of_ranks_trains_on_the_batch_in_tokens(world_size):
     plan = training.make_plan(cfg, world_size)
     done = plan.batch_size * plan.micro_steps * world_size
     assert (plan.steps, plan.batch_sequences) == (15_258, 640) and plan.batch_sequences % plan.batch_size == 0
-    assert 640 <= done < 640 * 1.2 and (done == 640 or 640 % world_size)
+    assert 640 <= done < 640 * 1.25 and (done == 640 or 640 % world_size)
