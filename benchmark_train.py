@@ -150,7 +150,7 @@ def our_step(
     model = training.Transformer(cfg.model).to(device)
     training.compile_model(model, cfg, dist)
     optimizer, guard = training.build_optimizer(model, cfg.optim), training.safety.Guard(dist.device)
-    loader: Any = types.SimpleNamespace(next=lambda: next(batches), numbers=lambda: range(0))
+    loader: Any = types.SimpleNamespace(next=lambda: next(batches), numbers=lambda: range(0), weight=1.0)
 
     def step() -> Tensor:
         unwatched = contextlib.nullcontext()

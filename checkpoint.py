@@ -194,14 +194,14 @@ class Writer:
     def save(self, *, step: int, model: torch.nn.Module, optimizer: Optimizer, permanent: bool, **facts: Any) -> Path:
         """Take a copy and start writing it. `step` counts the steps that are done. A second save waits for the first."""
         self.wait()
-        options = StateDictOptions(full_state_dict=True)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=distributed.is_sharded(model))
         state = {
             "format": FORMAT,
             "step": step,
             "model": get_model_state_dict(model, options=options),
             "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
             "rng": distributed.gather(rng_state()),
-            **facts,
+            **distributed.whole(facts),
         }
         path = path_of(self.run_dir, step, permanent)
         if distributed.rank() == 0:

@@ -231,8 +231,7 @@ def score_rows(
         return score_masked(model, rows, device, dtype, progress, scoring or {})
     budget = min(BATCH_TOKENS[device.type], getattr(model, "max_batch_tokens", 1 << 30))
     batches = list(batches_of(rows, budget))
-    mine = batches[distributed.rank() :: distributed.world_size()]
-    mine += [[DUMMY]] * (-(-len(batches) // distributed.world_size()) - len(mine))
+    mine = distributed.share(batches, filler=[DUMMY])
     cast = torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
     was_training = model.training
     model.eval()
@@ -240,7 +239,7 @@ def score_rows(
         scores = [score(model, batch, device) for batch in tqdm(mine, unit="batch", disable=None if progress else True)]
     model.train(was_training)
     sums, greedy = (torch.cat(part).tolist() if part else [] for part in zip(*scores)) if scores else ([], [])
-    return [x for part in distributed.gather(list(_per_row(mine, sums, greedy))) for x in part]
+    return [x for part in distributed.gather_shares(list(_per_row(mine, sums, greedy))) for x in part]
 
 
 def sees_both_sides(model: Any) -> bool:

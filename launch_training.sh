@@ -5,7 +5,15 @@
 #   ./launch_training.sh --max_steps=1000       all arguments reach training.py (see: python training.py --help)
 #   ./launch_training.sh configs/my.toml        another configuration; prepare its data first
 #   NGPUS=2 ./launch_training.sh                fewer GPUs
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ./launch_training.sh      on each of several machines
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ./launch_training.sh      on each of several machines (0 is 10.0.0.1's)
+#   NNODES=1:4 ...                              elastic: goes on with the machines that are there, from the last save
+#   sbatch slurm/train.sbatch [options]         the same under Slurm
+#
+# Several machines share the folder (or each has its own copy of code, .venv and data) and RUN_DIR. Further variables:
+# MASTER_PORT (29500), LOCAL_ADDR (this machine's address where its name does not resolve), MAX_RESTARTS (3), RUN_ID.
+# NCCL finds its network by itself. Where it does not: NCCL_DEBUG=INFO says what it chose, NCCL_SOCKET_IFNAME=eth0 (and
+# GLOO_SOCKET_IFNAME) names the interface, NCCL_IB_HCA=mlx5_0 the InfiniBand card. None is set here: what mends one
+# cluster breaks another.
 #
 # Without a GPU it trains a small model on the Python language reference, in about two minutes on 2 cores.
 # Call it again: finished steps are skipped, an interrupted run goes on. Needs Python >= 3.11; installs into .venv only
@@ -52,7 +60,7 @@ trap 'echo "launch_training.sh: stopped in stage: $stage" >&2' ERR
 make_environment requirements.txt
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-processes=${NGPUS:-$gpus}
+processes=${NGPUS:-$gpus} nodes=${NNODES:-1}
 [ "$processes" -ge 1 ] || processes=1
 config=()
 case "${1:-}" in *.toml | *.json) ;; *) [ "$gpus" -gt 0 ] || config=(configs/sample.toml) ;; esac
@@ -81,11 +89,21 @@ stage="training"
 say "training: $processes process(es), $gpus GPU(s) visible"
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a restarted worker must not meet the dead one's keys (pytorch#167288)
-if [ "$processes" -eq 1 ] && [ "${NNODES:-1}" -eq 1 ]; then
+if [ "$processes" -eq 1 ] && [ "$nodes" = 1 ]; then
     python training.py "${config[@]}" "$@"
 else
     [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=$((($(getconf _NPROCESSORS_ONLN) + processes - 1) / processes))
     where=(--standalone)
-    [ "${NNODES:-1}" -eq 1 ] || where=(--nnodes="$NNODES" --node_rank="${NODE_RANK:?}" --master_addr="${MASTER_ADDR:?}" --master_port="${MASTER_PORT:-29500}")
+    if [ "$nodes" != 1 ]; then
+        here=${NODE_RANK:?} first=false
+        [ "$here" -ne 0 ] || first=true # the first machine keeps the list of the others: it must stay
+        where=(--nnodes="$nodes" --rdzv_backend=c10d --rdzv_endpoint="${MASTER_ADDR:?}:${MASTER_PORT:-29500}")
+        where+=(--rdzv_id="${RUN_ID:-nano416}" --rdzv_conf="is_host=$first" --max_restarts="${MAX_RESTARTS:-3}")
+        [ -z "${LOCAL_ADDR:-}" ] || where+=(--local_addr="$LOCAL_ADDR")
+        where+=(--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1) # the last would orphan the workers
+        export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100 # seconds to save in; Slurm's --signal gives 120
+        trap - EXIT
+        exec torchrun "${where[@]}" --nproc_per_node="$processes" training.py "${config[@]}" "$@"
+    fi
     torchrun "${where[@]}" --nproc_per_node="$processes" training.py "${config[@]}" "$@"
 fi

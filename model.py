@@ -99,8 +99,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.dim, self.n_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.dim, self.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -114,11 +114,11 @@ class Attention(nn.Module):
         dropout: float,
     ) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # [B, N, T, H]
-        k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, K, T, H]
-        v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, K, T, H]
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, N, T, H]; a part of N, K
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, H]; under tensor
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, H]; parallelism
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = norm_heads(q, self.q_norm), norm_heads(k, self.k_norm)
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # [B, K, S + T, H]
@@ -126,9 +126,11 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
-def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+class HeadNorm(nn.RMSNorm):
     """[..., H] normalised in the dtype of x: an fp32 gain under autocast would take the slow way, and queries to fp32."""
-    return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float = 0.0) -> Tensor:

@@ -10,7 +10,7 @@ OPTIMIZERS. Matrices inside the layers are "hidden", embedding and head are "tab
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 ScheduleName = Literal["cosine", "linear", "wsd", "constant", "inv_sqrt"]
 Groups = list[dict[str, Any]]
-Spread = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # work on a batch, shared by all ranks
+Place = Callable[[Tensor, Tensor], Tensor]  # a tensor, cut and placed like another
+Spread = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]  # work on a batch, shared by all ranks
 WSD_DECAY_FRAC = 0.2  # the last fifth of a warm-up, stable, decay schedule (arXiv:2405.18392 finds 10-20% enough)
 MUON_MOMENTUM = 0.95
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # x -> ax + bx^3 + cx^5, five times: (0, 1] to [0.7, 1.2] (K. Jordan, 2024)
@@ -156,7 +157,11 @@ class Muon(torch.optim.AdamW):
     AdamW's, and one learning rate suits both (Moonlight, arXiv:2502.16982).
     """
 
-    spread: Spread = staticmethod(lambda work, batch: work(batch))  # type: ignore[assignment]
+    spread: Spread = staticmethod(lambda work, batch, like: work(batch))  # type: ignore[assignment]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Part of load_state_dict. Adam's mends old files and looks for a "step" that momenta lack."""
+        Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
@@ -166,7 +171,7 @@ class Muon(torch.optim.AdamW):
         self.param_groups = [group for group in groups if group["kind"] != "hidden"]
         super().step()
         self.param_groups = groups
-        shape_of: Callable[[Tensor], tuple[int, ...]] = lambda p: tuple(p.shape)
+        shape_of: Callable[[Tensor], tuple] = lambda p: (*p.shape, str(getattr(p, "placements", "")))  # how it is cut
         for group in groups:
             if group["kind"] == "hidden":
                 ready = sorted((p for p in group["params"] if p.grad is not None), key=shape_of)
@@ -174,20 +179,22 @@ class Muon(torch.optim.AdamW):
                     self._update(list(same), group["lr"], group["weight_decay"])
 
     def _update(self, params: list[Tensor], lr: float, weight_decay: float) -> None:
-        """All matrices of one shape together: their products are batched."""
-        grads = torch.stack([p.grad for p in params if p.grad is not None])  # [n, A, B]
+        """All matrices of one shape together: their products are batched. Each rank moves its own part of them."""
+        grads = torch.stack([local(p.grad) for p in params if p.grad is not None])  # [n, A, B]
         skip = getattr(self, "found_inf", None)
         keep = torch.ones((), device=grads.device) if skip is None else 1 - skip
         grads = torch.where(keep > 0, grads, 0.0)
         for p in params:
             if "momentum" not in self.state[p]:
-                self.state[p] |= {"momentum": torch.zeros_like(p), "step": torch.zeros(())}  # AdamW wants one to load
-        momenta = [self.state[p]["momentum"] for p in params]
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [local(self.state[p]["momentum"]) for p in params]
         momentum = torch.stack(momenta).lerp_(grads, (1 - MUON_MOMENTUM) * keep)
-        direction = self.spread(orthogonalize, grads.lerp_(momentum, MUON_MOMENTUM))  # Nesterov's look ahead
-        size = 0.2 * math.sqrt(max(direction.shape[1:]))
-        _foreach_mul_(params, 1 - lr * weight_decay * keep)
-        _foreach_add_(params, list((direction * (-lr * size * keep)).unbind()))
+        ahead = grads.lerp_(momentum, MUON_MOMENTUM)  # Nesterov's
+        direction = self.spread(orthogonalize, ahead, params[0])
+        size = 0.2 * math.sqrt(max(params[0].shape))
+        parts = [local(p) for p in params]
+        _foreach_mul_(parts, 1 - lr * weight_decay * keep)
+        _foreach_add_(parts, list((direction * (-lr * size * keep)).unbind()))
         _foreach_copy_(momenta, list(momentum.unbind()))
 
 
@@ -225,20 +232,26 @@ class Lion(Optimizer):
 def apply(optimizer: Optimizer, skip: Tensor) -> None:
     """One optimizer step, or none where `skip` is 1. Fused kernels and our own look at it on the device, others cost a wait."""
     if optimizer.defaults.get("fused") or isinstance(optimizer, Lion):
-        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        device = optimizer.param_groups[0]["params"][0].device  # the host's, if the weights are there
+        optimizer.found_inf = skip.to(device)  # type: ignore[attr-defined]
         optimizer.step()
     elif not skip.item():
         optimizer.step()
 
 
 class Average:
-    """Exponential moving average of the weights: often better than the last ones, and never evaluated by accident."""
+    """Exponential moving average of the weights: often better than the last ones, and never evaluated by accident.
 
-    def __init__(self, model: nn.Module, decay: float, state: dict[str, Any] | None = None):
+    place: distributed.part_like, for the saved weights of a `state` that goes on.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, state: dict[str, Any] | None = None, place: Place | None = None):
         self.decay, self.live = decay, dict(model.named_parameters())
         self.updates: int = (state or {}).get("ema_updates", 0)
-        before: Mapping[str, Tensor] = (state or {}).get("ema") or self.live
-        self.weights = {name: before[name].detach().to(p.device, copy=True) for name, p in self.live.items()}
+        self.weights = {name: p.detach().clone() for name, p in self.live.items()}
+        for name, saved in ((state or {}).get("ema") or {}).items():
+            weight = self.weights[name]
+            weight.copy_(place(saved, weight) if place else saved)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint, beside the live weights."""
@@ -249,12 +262,16 @@ class Average:
         """After each optimizer step. The decay grows to its full value, or the random start would linger."""
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + 10))
-        _foreach_lerp_(list(self.weights.values()), list(self.live.values()), 1 - decay)
+        _foreach_lerp_([local(w) for w in self.weights.values()], [local(p) for p in self.live.values()], 1 - decay)
 
+    @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the model's weights and the averaged ones."""
+        """Exchange the model's weights and the averaged ones, in place: a sharded model knows its weights by address."""
         for name, p in self.live.items():
-            p.data, self.weights[name] = self.weights[name], p.data
+            live, average = local(p), local(self.weights[name])
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
 
 
 @contextlib.contextmanager
@@ -312,8 +329,23 @@ def _whole(value: Any) -> Tensor:
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
-    """Norm of the whole gradient before clipping, as a tensor on the device (no synchronisation)."""
-    return nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
+    """Norm of the whole gradient before clipping, as a tensor on the device (no synchronisation).
+
+    Sharded gradients are added up over the ranks; those that are cut in another way are another sum.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    mesh_of: Callable[[Tensor], str] = lambda grad: str(getattr(grad, "device_mesh", ""))
+    sums = [nn.utils.get_total_norm(list(same)) for _, same in groupby(sorted(grads, key=mesh_of), mesh_of)]
+    sums = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in sums]  # type: ignore[operator]
+    norm = sums[0] if len(sums) == 1 else torch.linalg.vector_norm(torch.stack(sums))
+    share = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1)
+    _foreach_mul_([local(grad) for grad in grads], share)
+    return norm
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's part of a sharded tensor, in place; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -637,7 +637,10 @@ def _first_tokens(
 
 class TokenLoader:
     """Endless training batches of one rank. Sequence p of the run is the same for any number of ranks:
-    p = step * batch_sequences + (micro_step * world_size + rank) * batch_size + row."""
+    p = step * batch_sequences + (micro_step * world_size + rank) * batch_size + row.
+
+    Where the ranks do not divide the micro-batches of a step, some get filler in its last round: `weight` is then 0, and
+    above 1 for the others, so that the mean over ranks and micro-steps of weight * loss is the mean over the batch."""
 
     def __init__(
         self,
@@ -655,7 +658,7 @@ class TokenLoader:
         unique_tokens: int | None = None,
     ):
         mixtures = parse_stages(stages, sources)
-        assert batch_sequences % (batch_size * world_size) == 0, (batch_sequences, batch_size, world_size)
+        self.batch_sequences, self.weight = batch_sequences, 1.0
         self.seq_len, self.rank, self.world_size, self.pin_memory = seq_len, rank, world_size, pin_memory
         self.resize(batch_size)
         datasets = _open_sources(sources, vocab_size)
@@ -672,7 +675,7 @@ class TokenLoader:
         self._order = Order(self._groups, blocks, seed)
         identity = [seq_len, seed, blocks, unique_tokens, [dataset.fingerprint for dataset in weighted]]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        self._sequences, self._thread, self._stop = 0, None, threading.Event()
+        self._sequences, self._last, self._thread, self._stop = 0, 0, None, threading.Event()
         if rank == 0:
             for dataset in weighted:
                 if not {"sha256", "origin"} & dataset.meta["shards"][0].keys():
@@ -680,6 +683,7 @@ class TokenLoader:
 
     def resize(self, batch_size: int) -> None:
         """Another micro-batch, before the first next(): the sequences and their order stay the same."""
+        assert self.batch_sequences % batch_size == 0, (self.batch_sequences, batch_size)
         self.batch_size = batch_size
         self._stride = batch_size * self.world_size  # sequences of all ranks per next()
 
@@ -695,12 +699,25 @@ class TokenLoader:
         if isinstance(item, BaseException):
             self._queue.put(item)  # the next call meets it, too
             raise item
-        self._sequences += self._stride
+        self._last, self._sequences = self._sequences, self._after(self._sequences)
+        micro_steps = -(-self.batch_sequences // self._stride)
+        mine = self._first(self._last) is not None
+        self.weight = mine * (micro_steps * self._stride / self.batch_sequences)
         return item
 
+    def _first(self, p: int) -> int | None:
+        """Number of this rank's first sequence in the round that begins with sequence p; None if it has none."""
+        first = p + self.rank * self.batch_size
+        return first if first // self.batch_sequences == p // self.batch_sequences else None
+
+    def _after(self, p: int) -> int:
+        """With which sequence the round after that begins: a step's last round may be a short one."""
+        return min(p + self._stride, (p // self.batch_sequences + 1) * self.batch_sequences)
+
     def numbers(self) -> range:
-        """The numbers p of the sequences of this rank's last batch."""
-        p = max(0, self._sequences - self._stride) + self.rank * self.batch_size
+        """The numbers p of the sequences of this rank's last batch; filler is the round's first batch again."""
+        p = self._first(self._last)
+        p = self._last if p is None else p
         return range(p, p + self.batch_size)
 
     def where(self) -> str:
@@ -733,10 +750,11 @@ class TokenLoader:
         item: Any = None
         while not stop.is_set() and not isinstance(item, BaseException):
             try:
-                item = self._batch(p + self.rank * self.batch_size)
+                first = self._first(p)
+                item = self._batch(p if first is None else first)  # filler is data, too: finite, and of weight 0
             except BaseException as error:  # raised again by next(), in the thread of the training loop
                 item = error
-            p += self._stride
+            p = self._after(p)
             while not stop.is_set():
                 try:
                     batches.put(item, timeout=0.1)

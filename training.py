@@ -97,15 +97,19 @@ class TrainConfig:
     compile: bool | None = None  # torch.compile the model; none = on a GPU
     activation_memory_budget: float = 1.0  # share of activations kept when compiled; less saves memory, costs time
     dtype: Literal["bf16", "fp32"] | None = None  # of activations and matmuls; none = bf16 where it is faster
-    parallel: distributed.Strategy = "ddp"  # how several processes share the work
+    parallel: distributed.Strategy = "ddp"  # ddp, fsdp or hsdp: fsdp cuts the weights, hsdp cuts them within each node
+    cpu_offload: bool = False  # keep weights and optimizer state in host memory, with fsdp or hsdp; slow
+    recompute: distributed.Recompute = "none"  # activations computed twice, not kept: none, selective or full
+    tensor_parallel: int = 1  # neighbouring GPUs that share each matrix product, with fsdp or hsdp
     objective: Literal["ar", "mdm"] = "ar"  # ar = predict the next token, mdm = masked diffusion: restore masked tokens
     eval_only: str | None = None  # checkpoint to validate on the sources, then leave; no training
     tracker: Literal["wandb", "tensorboard", "trackio"] | None = None  # where rows go beside metrics.jsonl
     dry_run: bool = False  # print the plan and leave
+    preflight: bool = False  # check that all ranks' machines, clocks, data and links are alike, then leave
     dollars_per_gpu_hour: float = 2.0  # for the plan's cost
 
     def __post_init__(self):
-        for name in ("max_tokens", "batch_tokens", "batch_size", "eval_tokens"):
+        for name in ("max_tokens", "batch_tokens", "batch_size", "eval_tokens", "tensor_parallel"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("log_every", "eval_every", "checkpoint_every", "sample_every", "stats_every", "seed"):
@@ -160,11 +164,13 @@ def make_plan(cfg: Config, world_size: int, tokens_per_epoch: int | None = None,
     """Derive steps and micro-steps; `fits` is the limit of batch_size "auto". Raises ValueError with the nearest batch."""
     seq_len, batch_tokens = cfg.model.seq_len, cfg.train.batch_tokens
     limit = fits if cfg.train.batch_size == "auto" else cfg.train.batch_size
-    unit = seq_len * world_size
+    sequences, unit = batch_tokens // seq_len, seq_len * world_size
     share = batch_tokens // unit  # sequences per rank and optimizer step
     batch_size = max((n for n in range(1, limit + 1) if share and share % n == 0), default=0)
-    if batch_tokens % unit or (batch_size <= limit // 2 and share > limit and cfg.train.batch_size != "auto"):
-        step = unit if batch_tokens % unit else unit * limit
+    if share and batch_tokens % unit and not batch_tokens % seq_len:
+        batch_size = least_idle(sequences, world_size, limit)
+    elif batch_tokens % unit or (batch_size <= limit // 2 and share > limit and cfg.train.batch_size != "auto"):
+        step = seq_len * world_size if batch_tokens % unit else unit * limit
         raise ValueError(
             f"batch_tokens ({batch_tokens}) does not split into micro-steps of about batch_size ({cfg.train.batch_size})"
             f" x seq_len ({seq_len}) x processes ({world_size}); try --batch_tokens={max(1, round(batch_tokens / step)) * step}"
@@ -175,10 +181,17 @@ def make_plan(cfg: Config, world_size: int, tokens_per_epoch: int | None = None,
         raise ValueError(f"max_tokens ({tokens}) is less than one step of batch_tokens ({batch_tokens})")
     with torch.device("meta"):
         shape = Transformer(cfg.model)
-    sequences = batch_tokens // seq_len
-    return Plan(
-        steps, sequences, batch_size, share // batch_size, shape.num_params(), shape.flops_per_token(), tokens_per_epoch
-    )
+    micro_steps = -(-sequences // (batch_size * world_size))
+    size = shape.num_params(), shape.flops_per_token()
+    return Plan(steps, sequences, batch_size, micro_steps, *size, tokens_per_epoch)
+
+
+def least_idle(sequences: int, world_size: int, limit: int) -> int:
+    """Sequences per micro-step where the ranks do not divide the batch (three of an elastic run's four nodes): in the
+    last round some have nothing to do. At least 8 where that can be: smaller micro-steps are slow."""
+    sizes = [n for n in range(1, min(limit, -(-sequences // world_size)) + 1) if sequences % n == 0]
+    sizes = [n for n in sizes if n >= min(limit, 8)] or sizes
+    return min(sizes, key=lambda n: (n * -(-sequences // (n * world_size)), -n))
 
 
 def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
@@ -191,7 +204,7 @@ def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
     lines = [
         f"model      {plan.params:,} parameters, {plan.flops_per_token / 1e9:.3g} GFLOP per token",
         f"batch      {cfg.train.batch_tokens:,} tokens = {plan.batch_size} sequences x {cfg.model.seq_len} tokens x "
-        f"{plan.micro_steps} micro-steps x {dist.world_size} processes",
+        f"{plan.micro_steps} micro-steps x {dist.data_size} processes",
         f"run        {plan.steps:,} steps, {tokens:,} tokens ({tokens / plan.params:.1f} per parameter{epochs}), {flops:.3g} FLOP",
         f"memory     {expected_memory_gb(plan, cfg, dist):.1f} GB per process",
         f"disk       {saves} checkpoints of {12 * plan.params / 1e9:.2f} GB in {cfg.train.run_dir}",
@@ -227,16 +240,17 @@ def expected_memory_gb(plan: Plan, cfg: Config, dist: Dist) -> float:
     head = 6 * shape.vocab_size if compiled else 0  # the eager loss makes a chunk of the logits at a time
     per_token = (shape.n_layers * layer + head) * (1 if uses_bf16(cfg, dist.device) else 1.7)
     libraries = 0.4e9 if dist.device.type == "cpu" else 0  # of the process, before anything is built
-    return (libraries + (8 + 2 + state) * plan.params + per_token * plan.batch_size * shape.seq_len) / 1e9
+    return (libraries + (8 + 2 + state) * plan.params / dist.parts + per_token * plan.batch_size * shape.seq_len) / 1e9
 
 
 def main(cfg: Config) -> None:
     """Train as `cfg` says, in this process or as one rank of torchrun. Exits with a code of safety.py if stopped."""
     if cfg.train.kill_switch and Path(cfg.train.kill_switch).exists():
         raise ValueError(f"the kill switch {cfg.train.kill_switch} exists; remove it to train")
-    dist = distributed.init(cfg.train.timeout)
+    dist = distributed.init(cfg.train.timeout, cfg.train.parallel, cfg.train.tensor_parallel)
     try:
         alone = eval_only if cfg.train.eval_only else dry_run if cfg.train.dry_run else None
+        alone = preflight if cfg.train.preflight else alone
         reason = alone(cfg, dist) if alone else train(cfg, dist)
     except RuntimeError as error:
         if dist.world_size == 1 or not any(name in str(error).lower() for name in ("gloo", "nccl")):
@@ -255,9 +269,17 @@ def dry_run(cfg: Config, dist: Dist) -> None:
         loader.close()
     else:
         cfg = with_vocabulary(cfg, None)
-        plan = make_plan(cfg, dist.world_size, cfg.data.unique_tokens)
+        plan = make_plan(cfg, dist.data_size, cfg.data.unique_tokens)
     if dist.is_main:
         print(describe(plan, cfg, dist))
+
+
+def preflight(cfg: Config, dist: Dist) -> None:
+    """Compare the ranks' machines, before hours are spent on one that is ill."""
+    import preflight
+
+    params = make_plan(with_vocabulary(cfg, None), 1).params
+    preflight.fly(dist, cfg.train.run_dir, cfg.data.sources, disk_gb=2 * 12 * params / 1e9)
 
 
 def train(cfg: Config, dist: Dist) -> str | None:
@@ -273,11 +295,12 @@ def train(cfg: Config, dist: Dist) -> str | None:
     log = open_run_dir(cfg, dist, plan.steps)
     torch.manual_seed(cfg.train.seed)
     torch.set_float32_matmul_precision("high")
-    raw_model = Transformer(cfg.model).to(dist.device)
+    narrow = torch.bfloat16 if uses_bf16(cfg, dist.device) else None
+    raw_model: Any = distributed.build(lambda: Transformer(cfg.model), dist, narrow, cfg.train.cpu_offload)
     optimizer = build_optimizer(raw_model, cfg.optim, distributed.spread)
     guard = safety.Guard(dist.device, cfg.train.skip_spikes)
     step, tokens, elapsed_s = start(state, cfg, raw_model, optimizer, guard, log)
-    average = Average(raw_model, cfg.optim.ema, state) if cfg.optim.ema else None
+    average = Average(raw_model, cfg.optim.ema, state, distributed.part_like) if cfg.optim.ema else None
     stats = (
         Statistics(raw_model, cfg.train.stats_every, partial(log.append, "stats.jsonl"))
         if cfg.train.stats_every
@@ -286,11 +309,12 @@ def train(cfg: Config, dist: Dist) -> str | None:
     del state  # its pages of the checkpoint file
     write_config(cfg, dist)
     tokenizer = tokenizer_if_there(loader, log)
+    distributed.recompute(raw_model, cfg.train.recompute)
     compile_model(raw_model, cfg, dist)
     if cfg.train.batch_size == "auto":
-        plan = make_plan(cfg, dist.world_size, loader.tokens_per_epoch, largest_that_fits(raw_model, cfg, plan, dist))
+        plan = make_plan(cfg, dist.data_size, loader.tokens_per_epoch, largest_that_fits(raw_model, cfg, plan, dist))
         loader.resize(plan.batch_size)
-    model = distributed.parallelize(raw_model, dist, cfg.train.parallel)
+    model = distributed.parallelize(raw_model, dist)
     if dist.world_size > 1:
         rehearse(model, cfg, plan, dist)
     writer = checkpoint.Writer(cfg.train.run_dir, log.say, cfg.train.keep_every)
@@ -317,13 +341,13 @@ def train(cfg: Config, dist: Dist) -> str | None:
             if reason and not last:
                 break
             if last or every(step, cfg.train.eval_every):
-                with watch.paused("validation"), swapped_in(average):
+                with watch.paused("validation"), swapped_in(average), distributed.evaluating(raw_model, narrow):
                     log.report(step, tokens, **validate(raw_model, tokenizer, cfg, dist, plan.batch_size))
             if last or (step and every(step, cfg.train.checkpoint_every)):
-                with watch.paused("HellaSwag"), swapped_in(average):
+                with watch.paused("HellaSwag"), swapped_in(average), distributed.evaluating(raw_model, narrow):
                     log.report(step, tokens, **hellaswag(raw_model, tokenizer, cfg, dist, log))
             if last or (step and every(step, cfg.train.sample_every)):
-                with watch.paused("sampling"), swapped_in(average):
+                with watch.paused("sampling"), swapped_in(average), distributed.evaluating(raw_model, narrow):
                     log.line(sample_text(raw_model, tokenizer, dist))
             if last:
                 break
@@ -369,7 +393,8 @@ def compile_model(model: Transformer, cfg: Config, dist: Dist) -> None:
     """torch.compile in place, where it is wanted; a smaller budget of activations computes some of them twice."""
     if uses_compiler(cfg, dist.device):
         functorch.activation_memory_budget = cfg.train.activation_memory_budget
-        model.compile(dynamic=False)
+        for part in model.layers if dist.sharded else [model]:  # a sharded layer is gathered between two of them
+            part.compile(dynamic=False)
     elif cfg.train.activation_memory_budget < 1:
         raise ValueError("activation_memory_budget has no effect without --compile")
 
@@ -380,7 +405,7 @@ def largest_that_fits(model: Transformer, cfg: Config, plan: Plan, dist: Dist) -
         return CPU_AUTO
     size, room = (
         plan.batch_size,
-        0.94 * torch.cuda.mem_get_info()[1] - 20 * plan.params,
+        0.94 * torch.cuda.mem_get_info()[1] - 20 * plan.params / dist.parts,
     )  # AdamW's or Muon's state to come
     while size > 1:
         torch.cuda.reset_peak_memory_stats()
@@ -393,7 +418,7 @@ def largest_that_fits(model: Transformer, cfg: Config, plan: Plan, dist: Dist) -
         torch.cuda.empty_cache()
         if not distributed.largest(int(tight)):
             break
-        size = max(n for n in range(1, size) if plan.batch_sequences // dist.world_size % n == 0)
+        size = max(n for n in range(1, size) if plan.batch_sequences // dist.data_size % n == 0)
     return size
 
 
@@ -432,10 +457,10 @@ def train_step(
         with distributed.no_sync(model, last=micro_step == micro_steps - 1):  # forward too, or DDP would reduce
             with autocast(cfg, dist.device):
                 loss = model(**as_seen(inputs, targets, loader.numbers(), cfg), z_loss=cfg.optim.z_loss)
-            (loss / micro_steps).backward()
-        loss_sum += loss.detach()
+            (loss * loader.weight / micro_steps).backward()
+        loss_sum += loss.detach() * loader.weight
     loss = distributed.mean(loss_sum / micro_steps)
-    grad_norm = clip_gradients(model, cfg.optim.grad_clip)
+    grad_norm = clip_gradients(model, cfg.optim.grad_clip).to(dist.device)
     with watched:
         apply(optimizer, guard.judge(loss, grad_norm))
     optimizer.zero_grad(set_to_none=True)
@@ -484,7 +509,7 @@ def eval_only(cfg: Config, dist: Dist) -> None:
     objective = replace(cfg.train, objective="ar" if model.config.causal else "mdm")
     diffusion.check(cfg.diffusion, objective.objective)
     cfg = replace(cfg, model=model.config, train=objective)
-    row = validate(model, tokenizer, cfg, dist, make_plan(cfg, dist.world_size).batch_size)
+    row = validate(model, tokenizer, cfg, dist, make_plan(cfg, dist.data_size).batch_size)
     if not dist.is_main:
         return
     rows = [("all tokens (micro)", row["val_loss"], row["val_bpb"])]
@@ -508,8 +533,8 @@ def validation_sums(
         {source: 1.0},
         seq_len=cfg.model.seq_len,
         batch_size=batch_size,
-        rank=dist.rank,
-        world_size=dist.world_size,
+        rank=dist.data_rank,
+        world_size=dist.data_size,
         max_tokens=cfg.train.eval_tokens,
     )
     for number, (inputs, targets) in enumerate(batches):
@@ -519,7 +544,7 @@ def validation_sums(
             if cfg.model.causal:
                 total = n * model(inputs.to(dist.device), (targets if n else inputs).to(dist.device)).item()
             else:  # of the same tokens
-                first = (number * dist.world_size + dist.rank) * batch_size
+                first = (number * dist.data_size + dist.data_rank) * batch_size
                 total = diffusion.nelbo(model, targets.to(dist.device), first, cfg.diffusion.num_mc).item()
         n_bytes = int(lengths[targets[counted]].sum()) if lengths is not None else 0
         sums += torch.tensor([total, n, n_bytes], dtype=torch.float64)
@@ -540,13 +565,14 @@ def hellaswag(model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist
 
 
 def sample_text(model: Transformer, tokenizer: Tokenizer | None, dist: Dist) -> str:
-    """How the model continues SAMPLE_PROMPT, as one quoted line; rank 0 only."""
-    if tokenizer is None or not dist.is_main:
+    """How the model continues SAMPLE_PROMPT, as one quoted line. Ranks that hold a part of the weights all take part."""
+    if tokenizer is None or not (dist.is_main or dist.sharded):
         return ""
     prompt = [tokenizer.eot_id, *tokenizer.encode(SAMPLE_PROMPT)]
-    write = generate if model.config.causal else diffusion.write
-    tokens = write(model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0, stop_token=tokenizer.eot_id)
-    return f"sample: {SAMPLE_PROMPT + tokenizer.decode(list(tokens))!r}"
+    write = generate if model.config.causal else partial(diffusion.write, stop_token=tokenizer.eot_id)
+    tokens = list(write(model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0))  # as many on every rank
+    tokens = tokens[: tokens.index(tokenizer.eot_id)] if tokenizer.eot_id in tokens else tokens
+    return f"sample: {SAMPLE_PROMPT + tokenizer.decode(tokens)!r}"
 
 
 def with_vocabulary(cfg: Config, data_vocab: int | None) -> Config:
@@ -564,21 +590,21 @@ def open_data(cfg: Config, dist: Dist) -> tuple[Config, Plan, TokenLoader]:
     """What the data decide: the vocabulary, the length of an epoch; and this rank's training batches."""
     first = Dataset(next(iter(cfg.data.sources)))  # the loader checks that all sources have one tokenizer
     cfg = with_vocabulary(cfg, first.tokenizer["vocab_size"])
-    plan = make_plan(cfg, dist.world_size)
+    plan = make_plan(cfg, dist.data_size)
     loader = TokenLoader(
         cfg.data.sources,
         seq_len=cfg.model.seq_len,
         batch_size=plan.batch_size,
         batch_sequences=plan.batch_sequences,
-        rank=dist.rank,
-        world_size=dist.world_size,
+        rank=dist.data_rank,
+        world_size=dist.data_size,
         seed=cfg.train.seed,
         vocab_size=cfg.model.vocab_size,
         stages=cfg.data.stages,
         unique_tokens=cfg.data.unique_tokens,
         pin_memory=dist.device.type == "cuda",
     )
-    return cfg, make_plan(cfg, dist.world_size, loader.tokens_per_epoch), loader
+    return cfg, make_plan(cfg, dist.data_size, loader.tokens_per_epoch), loader
 
 
 def tokenizer_if_there(loader: TokenLoader, log: metrics.MetricsLog) -> Tokenizer | None:

@@ -711,6 +711,24 @@ def test_the_order_is_the_same_for_any_number_of_ranks(data):
     assert all(order[:240] == orders[0] for order in orders)
 
 
+def test_where_ranks_do_not_divide_the_batch_each_sequence_is_still_seen_once(data):
+    """24 sequences in micro-batches of 4 on 4 ranks: two rounds, half of the second is filler of weight 0."""
+    common: dict[str, Any] = {"seq_len": 16, "batch_sequences": 24, "batch_size": 4}
+    whole = TokenLoader({str(data): 1.0}, **common)
+    wanted = [row for _ in range(12) for row in whole.next()[0].tolist()]
+    loaders = [TokenLoader({str(data): 1.0}, **common, rank=rank, world_size=4) for rank in range(4)]
+    seen, weights = [], []
+    for _ in range(2 * 2):
+        for loader in loaders:
+            rows = loader.next()[0].tolist()
+            weights.append(loader.weight)
+            seen += rows if loader.weight else []
+    assert seen == wanted and weights == [4 / 3] * 6 + [0] * 2 + [4 / 3] * 6 + [0] * 2
+    assert loaders[3].state_dict() == whole.state_dict()
+    for loader in (whole, *loaders):
+        loader.close()
+
+
 def test_resuming_is_going_on(data):
     whole = run_ranks({str(data): 1.0}, 30, 2, 3)
     assert run_ranks({str(data): 1.0}, 20, 2, 3, skip=60) == whole[60:]

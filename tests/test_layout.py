@@ -22,6 +22,7 @@ IMPORTS = {
     "data_pipeline": {"config", "shards"},
     "checkpoint": {"config", "model", "distributed"},
     "safety": {"distributed"},
+    "preflight": {"config", "shards", "distributed"},
     "eval_hellaswag": {"config", "model", "shards", "checkpoint", "distributed", "diffusion"},
     "chat": {"config", "model", "inference", "shards", "checkpoint", "diffusion"},
 }
@@ -36,10 +37,8 @@ EXTRAS = (
 IMPORTS |= {name: set(IMPORTS) for name in EXTRAS}
 IMPORTS["benchmark_train"] |= {"convert_hf"}  # measures transformers with the same weights
 IMPORTS["benchmark"] |= {"convert_hf", "benchmark_train"}
-LAZY = {
-    "diffusion",
-    "trackers",
-}  # inside the branch that needs it, but for training.py, whose config has diffusion's options
+# Imported inside the branch that needs it, but for training.py, whose config has diffusion's options.
+LAZY = {"diffusion", "trackers", "preflight"}
 
 REQUIREMENTS = {"torch", "numpy", "tiktoken", "datasets", "huggingface-hub", "tqdm", "matplotlib"}
 AT_THE_TOP = {"torch", "numpy", "tiktoken", "tqdm"}  # the others only inside the function that needs them

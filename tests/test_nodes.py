@@ -1,0 +1,175 @@
+"""Several machines: the scripts that start them, and a run that goes on while they come and go."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from test_parallel import free_port
+from test_training import ROOT, data, losses  # noqa: F401  # the fixture
+
+import metrics
+import training
+from config import parse_config
+
+SCRIPTS = ("launch_training.sh", "slurm/train.sbatch", "tests/run.sh")
+pytestmark = pytest.mark.faults
+
+SRUN = """#!{python}
+# Slurm's srun for two machines that are one: starts the task on each, hands signals on.
+import os, signal, subprocess, sys
+command = sys.argv[next(i for i, word in enumerate(sys.argv) if i and not word.startswith("--")):]
+tasks = [subprocess.Popen(command, env=os.environ | {{"SLURM_NODEID": str(n)}}) for n in range(int(os.environ["SLURM_NNODES"]))]
+signal.signal(signal.SIGUSR1, lambda number, _: [task.send_signal(number) for task in tasks])
+sys.exit(max(abs(task.wait()) for task in tasks))
+"""
+SCONTROL = """#!/bin/sh
+[ "$1 $2" = "show hostnames" ] && echo localhost && echo localhost
+[ "$1" != requeue ] || echo "$2" > "$REQUEUED"
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_sound(script):
+    subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
+    if checker := shutil.which("shellcheck"):
+        subprocess.run([checker, "-x", script], cwd=ROOT, check=True)
+
+
+@pytest.fixture
+def env(tmp_path) -> dict[str, str]:
+    """A virtual environment that needs nothing, and no GPU: one process per machine."""
+    (tmp_path / "env").mkdir()
+    shutil.copy(ROOT / "requirements.txt", tmp_path / "env/.nano416-requirements.txt")
+    paths = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "VIRTUAL_ENV": str(tmp_path / "env"), "PATH": paths, "NGPUS": "1"}
+
+
+def options(data: Path, run_dir: Path, steps: int, *extra: str) -> list[str]:  # noqa: F811
+    empty = run_dir.parent / "empty.toml"  # a configuration of one's own: the script fetches no data
+    empty.write_text("")
+    shape = [str(empty), "--dim=32", "--n_layers=2", "--n_heads=2", "--seq_len=32", "--batch_size=4", "--dtype=fp32"]
+    often = ["--log_every=1", "--eval_every=0", "--checkpoint_every=0", "--sample_every=0", "--save_interval=1"]
+    own = [f"--sources={data}", f"--run_dir={run_dir}", f"--max_steps={steps}", "--hellaswag=none"]
+    rate = ["--max_lr=1e-3", "--schedule=constant", "--warmup_frac=0", "--batch_tokens=512"]
+    return [*shape, *often, *own, *rate, *extra]
+
+
+def alone(data: Path, run_dir: Path, steps: int, *extra: str) -> dict[int, float]:  # noqa: F811
+    training.main(parse_config(training.Config, options(data, run_dir, steps, *extra)))
+    return losses(run_dir)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    monkeypatch.setattr(metrics, "plot", lambda *_: None)
+
+
+def wait_until(is_so: Callable[[], bool], process: subprocess.Popen, patience_s: float = 200) -> None:
+    deadline = time.monotonic() + patience_s
+    while not is_so():
+        assert process.poll() is None, f"it ended with {process.returncode}"
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.2)
+
+
+def said(run_dir: Path) -> str:
+    path = run_dir / "train.log"
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.slow
+def test_a_slurm_job_saves_before_its_time_limit_and_queues_again(data, tmp_path, env):  # noqa: F811
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    env |= {"SLURM_NNODES": "2", "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "localhost[1-2]"}
+    env |= {"REQUEUED": str(tmp_path / "requeued"), "SLURM_SUBMIT_DIR": str(ROOT)}
+    command = [
+        "bash",
+        str(ROOT / "slurm/train.sbatch"),
+        *options(data, tmp_path / "run", 100, "--parallel=hsdp"),
+    ]
+    job = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: "step   5/" in said(tmp_path / "run"), job)
+    job.send_signal(signal.SIGUSR1)
+    _, error = job.communicate(timeout=150)
+    assert job.returncode == 0 and "stopped by SIGUSR1" in said(tmp_path / "run"), error[-2000:]
+    assert (tmp_path / "requeued").read_text().strip() == env["SLURM_JOB_ID"]
+    (tmp_path / "requeued").unlink()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0 and "done: 100 steps" in said(tmp_path / "run"), done.stderr[-2000:]
+    assert not (tmp_path / "requeued").exists()
+    assert losses(tmp_path / "run") == pytest.approx(alone(data, tmp_path / "one", 100), abs=1e-4)
+
+
+@pytest.fixture
+def machines() -> Iterator[list[str]]:
+    """Two network namespaces with a cable between them: 10.41.6.1 and 10.41.6.2. Needs root."""
+    names = [f"nano416-{os.getpid()}-{n}" for n in (1, 2)]
+
+    def ip(*words: str) -> int:
+        return subprocess.run(["ip", *words], capture_output=True).returncode
+
+    if not shutil.which("ip") or any(ip("netns", "add", name) for name in names):
+        pytest.skip("network namespaces need root and iproute2")
+    try:
+        wired = ip("-n", names[0], "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", names[1])
+        if wired:
+            pytest.skip("this machine has no veth")
+        for number, name in enumerate(names, 1):
+            assert not ip("-n", name, "addr", "add", f"10.41.6.{number}/30", "dev", "wire")
+            assert not ip("-n", name, "link", "set", "wire", "up") and not ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            kill_machine(name)
+            ip("netns", "del", name)
+
+
+def kill_machine(name: str) -> None:
+    """SIGKILL to every process in a network namespace, as if its power were cut."""
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
+    for pid in map(int, found.split()):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_machine_dies_and_comes_back_and_the_run_is_the_same(data, tmp_path, env, machines):  # noqa: F811
+    extra = ["--parallel=fsdp", "--timeout=20", f"--kill_switch={tmp_path / 'stop'}"]
+    command = [str(ROOT / "launch_training.sh"), *options(data, tmp_path / "run", 1_000_000, *extra)]
+    shared = {"NNODES": "1:2", "MASTER_ADDR": "10.41.6.1", "GLOO_SOCKET_IFNAME": "wire", "MAX_RESTARTS": "5"}
+
+    def start(number: int) -> subprocess.Popen:
+        own = {"NODE_RANK": str(number), "LOCAL_ADDR": f"10.41.6.{number + 1}"}
+        output = open(tmp_path / f"{number}.log", "a")  # noqa: SIM115
+        inside = ["ip", "netns", "exec", machines[number], *command]
+        return subprocess.Popen(inside, env=env | shared | own, stdout=output, stderr=output)
+
+    def log_has(text: str) -> Callable[[], bool]:
+        return lambda: text in said(tmp_path / "run")
+
+    first, second = start(0), start(1)
+    wait_until(log_has("step       5/"), first)
+    assert "2 x cpu" in said(tmp_path / "run")
+    kill_machine(machines[1])
+    second.wait()
+    wait_until(log_has("processes: 2 -> 1"), first)
+    second = start(1)
+    wait_until(log_has("processes: 1 -> 2"), first)
+    back = max(losses(tmp_path / "run"))
+    wait_until(lambda: max(losses(tmp_path / "run")) > back + 5, first)
+    (tmp_path / "stop").touch()
+    assert first.wait(timeout=120) == 0 and second.wait(timeout=120) == 0, (tmp_path / "0.log").read_text()[-3000:]
+    found = losses(tmp_path / "run")
+    undisturbed = alone(data, tmp_path / "one", len(found))
+    assert found.keys() == undisturbed.keys(), "every step once"
+    worst = max(abs(found[step] - undisturbed[step]) for step in found)
+    assert worst < (1e-4 if len(found) < 300 else 1e-2), f"{worst} after {len(found)} steps"
