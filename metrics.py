@@ -287,7 +287,7 @@ X_AXES: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
 
 def plot_comparison(runs: dict[str, list[dict[str, Any]]], x: str, out: str | Path) -> None:
     """Training (smoothed) and validation losses of several runs against one of X_AXES, as a picture at `out`."""
-    from matplotlib.ticker import MaxNLocator, NullLocator
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     figure, axes = _figure(1, 2, figsize=(15, 6.5), sharey=True)
     for axis, key, title in zip(axes.flat, ("loss", "val_loss"), ("Training loss, smoothed", "Validation loss")):
@@ -298,6 +298,9 @@ def plot_comparison(runs: dict[str, list[dict[str, Any]]], x: str, out: str | Pa
         axis.yaxis.set_major_locator(MaxNLocator(12))  # within a decade the usual ones are too few
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter("{x:.3g}")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(labelleft=True)
         axis.grid(alpha=0.25, which="both")
         axis.legend(fontsize=8)
