@@ -11,16 +11,20 @@ plain types and tensors only, so it loads with weights_only=True:
 
     format step tokens config tokenizer model optimizer loader rng metrics
 
+Where a whole checkpoint would not fit in the memory of rank 0's host, `checkpoint_step_<N>.pt` is a folder: every rank
+writes its part. It is read like a file, by any number of ranks, and `python checkpoint.py FOLDER FILE.pt` makes it one.
+
 Checkpoints of the seed (dankit/language-model-pretraining: other names, interleaved RoPE) are converted on reading.
 """
 
 import os
 import pickle
 import re
+import shutil
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +40,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 import distributed
-from config import from_dict
+from config import ArgumentParser, from_dict, run
 from model import VOCAB_MULTIPLE, ModelConfig, Transformer
 
 FORMAT = 1
+FACTS = "facts.pt"  # in a folder of parts: all that is not a large tensor
 NAME = re.compile(r"(checkpoint|temporary)_step_(\d+)\.pt")
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")  # user/repository, and @revision to pin it
 GPT2 = {"name": "gpt2", "vocab_size": 50257, "eot_id": 50256}  # the only tokenizer the seed ever had
@@ -79,7 +84,7 @@ def read_latest(run_dir: str | Path, warn: Callable[[str], None]) -> tuple[Path,
 def find(path: str | Path) -> Path:
     """The checkpoint file that `path` means: a file, a run directory (its newest) or a Hub id. Raises ValueError."""
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not NAME.fullmatch(path.name):
         if found := latest(path):
             return found
         raise ValueError(
@@ -112,6 +117,8 @@ def _from_hub(repo: str, revision: str | None) -> Path:
 def read(path: str | Path) -> dict[str, Any]:
     """A checkpoint file as a dict on the CPU, memory mapped, in today's format. Raises ValueError that says what is wrong."""
     path = Path(path)
+    if path.is_dir():
+        return _read_parts(path)
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load checks no CRC: a flipped bit would load without a word
             if damaged := archive.testzip():
@@ -134,7 +141,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def _check(state: Any, path: Path) -> None:
     """Raise ValueError unless `state` holds what every reader of a checkpoint relies on."""
-    wanted = {"format", "step", "tokens", "config", "tokenizer", "model"}
+    wanted = {"format", "step", "tokens", "config", "tokenizer"} | ({"model"} if path.name != FACTS else set())
     if not isinstance(state, dict) or not wanted <= state.keys():
         held = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} is not a nano416 checkpoint: it holds {held}, which lacks some of {sorted(wanted)}")
@@ -150,7 +157,8 @@ def _check(state: Any, path: Path) -> None:
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, dict[str, Any]]:
     """The network of a checkpoint in fp32, in eval mode, and the rest of the checkpoint (without the weights)."""
-    newest = read_latest(path, lambda text: print(text, file=sys.stderr)) if Path(path).is_dir() else None
+    is_run = Path(path).is_dir() and not NAME.fullmatch(Path(path).name)
+    newest = read_latest(path, lambda text: print(text, file=sys.stderr)) if is_run else None
     path, state = newest or (find(path), read(find(path)))
     config = from_dict(ModelConfig, state["config"]["model"])
     with torch.device("meta"):
@@ -194,6 +202,9 @@ class Writer:
     def save(self, *, step: int, model: torch.nn.Module, optimizer: Optimizer, permanent: bool, **facts: Any) -> Path:
         """Take a copy and start writing it. `step` counts the steps that are done. A second save waits for the first."""
         self.wait()
+        path = path_of(self.run_dir, step, permanent)
+        if distributed.is_sharded(model) and not fits(sum(p.numel() for p in model.parameters())):
+            return self._save_parts(path, model, optimizer, {"step": step, **facts})
         options = StateDictOptions(full_state_dict=True, cpu_offload=distributed.is_sharded(model))
         state = {
             "format": FORMAT,
@@ -203,7 +214,6 @@ class Writer:
             "rng": distributed.gather(rng_state()),
             **distributed.whole(facts),
         }
-        path = path_of(self.run_dir, step, permanent)
         if distributed.rank() == 0:
             state = snapshot(state, self.pool, {})
             if torch.cuda.is_available():
@@ -211,6 +221,33 @@ class Writer:
             self.thread = threading.Thread(target=self._write, args=(path, state), name="checkpoint")
             self.thread.start()
         return path
+
+    def _save_parts(self, path: Path, model: torch.nn.Module, optimizer: Optimizer, facts: dict[str, Any]) -> Path:
+        """Each rank copies its part and writes it in the background; the folder gets its name when all are done."""
+        partial = path.with_name(f".{path.name}.tmp")
+        if distributed.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while writing
+        distributed.barrier()
+        tensors = tensors_of(model, optimizer) | {f"ema/{k}": v for k, v in facts.pop("ema", {}).items()}
+        groups: Any = get_optimizer_state_dict(model, optimizer)["param_groups"]
+        facts |= {"format": FORMAT, "rng": distributed.gather(rng_state()), "param_groups": groups}
+        saving, facts = distributed.save_parts(tensors, partial), snapshot(facts, {}, {})
+        self.thread = threading.Thread(target=self._finish, args=(saving, partial, path, facts), name="checkpoint")
+        self.thread.start()
+        return path
+
+    def _finish(self, saving: Any, partial: Path, path: Path, facts: dict[str, Any]) -> None:
+        self.failed = None
+        try:
+            saving.result()
+            if distributed.rank() == 0:
+                write(partial / FACTS, facts)
+                os.replace(partial, path)
+                sync_folder(path.parent)
+                prune(self.run_dir, path, self.keep_every)
+        except Exception as error:  # a run of hours must survive a full disk
+            self.failed = f"{path} NOT written: {error}"
+            self.warn(f"{self.failed}; the checkpoints before it are intact")
 
     def wait(self) -> None:
         """Until the last save is on the disk, or has failed and said so (`failed`)."""
@@ -236,7 +273,64 @@ def prune(run_dir: Path, newest: Path, keep_every: int | None = None) -> None:
     """Now that `newest` is complete, remove temporary checkpoints, and permanent ones off the multiples of keep_every."""
     for step, path in all_of(run_dir):
         if path != newest and (path.name.startswith("temporary") or (keep_every and step % keep_every)):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def fits(n_params: int) -> bool:
+    """Can rank 0's host hold a whole checkpoint, twice (put together, then copied)? fp32 weights and AdamW's two means."""
+    return 2 * 12 * n_params < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def tensors_of(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Weights and optimizer state themselves (not copies) under flat names: model/NAME, optimizer/NAME/WHAT."""
+    state: Any = get_optimizer_state_dict(model, optimizer)["state"]
+    weights: Any = get_model_state_dict(model)
+    tensors: dict[str, Any] = {
+        f"optimizer/{name}/{key}": t for name, entry in state.items() for key, t in entry.items()
+    }
+    return tensors | {f"model/{name}": t for name, t in weights.items()}
+
+
+class Parts(Mapping[str, Tensor]):
+    """Whole tensors in a folder of parts, each read when it is asked for."""
+
+    def __init__(self, folder: Path, prefix: str):
+        self.folder, self.prefix, shapes = folder, prefix, distributed.shapes_of_parts(folder)
+        self.shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = torch.empty(self.shapes[name])
+        distributed.load_parts({self.prefix + name: tensor}, self.folder)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _read_parts(folder: Path) -> dict[str, Any]:
+    """What `read` returns, for a folder; weights and averages come from the disk when they are asked for."""
+    state: dict[str, Any] = {**read(folder / FACTS), "model": Parts(folder, "model/")}
+    if len(average := Parts(folder, "ema/")):
+        state["ema"] = average
+    entries: dict[str, dict[str, Any]] = {}
+    for name in (means := Parts(folder, "optimizer/")):
+        entries.setdefault(name.rpartition("/")[0], {})[name.rpartition("/")[2]] = name
+    state["optimizer"] = {"parts": folder, "names": entries, "means": means}
+    return state
+
+
+def one_file(folder: Path, path: Path) -> None:
+    """Write a folder of parts as one file, in a host's memory that holds it all."""
+    if not folder.is_dir() or not NAME.fullmatch(folder.name):
+        raise ValueError(f"{folder} is no folder of parts; one is named checkpoint_step_<N>.pt")
+    state = read(folder)
+    held = state.pop("optimizer")
+    entries = {n: {k: held["means"][at] for k, at in entry.items()} for n, entry in held["names"].items()}
+    state["optimizer"] = {"state": entries, "param_groups": state.pop("param_groups")}
+    write(path, {name: dict(value) if isinstance(value, Parts) else value for name, value in state.items()})
 
 
 def snapshot(value: Any, pool: dict[Any, Tensor], seen: dict[Any, Tensor]) -> Any:
@@ -260,7 +354,7 @@ def snapshot(value: Any, pool: dict[Any, Tensor], seen: dict[Any, Tensor]) -> An
 def write(path: Path, state: dict[str, Any]) -> None:
     """Write beside the target, flush to the device, rename, flush the rename. Any failure leaves what was there."""
     for left_over in path.parent.glob(".*_step_*.tmp"):  # of a process that was killed while writing
-        left_over.unlink(missing_ok=True)
+        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
@@ -268,18 +362,27 @@ def write(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def sync_folder(path: Path) -> None:
+    """A rename is safe once its folder is on the device."""
+    folder = os.open(path, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
 def restore(state: dict[str, Any], model: torch.nn.Module, optimizer: Optimizer, path: str | Path) -> None:
     """Put a checkpoint's weights, optimizer state and random state into a run that continues it, on every rank."""
-    load_weights(model, state["model"], path)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+    if "parts" in state["optimizer"]:
+        distributed.load_parts(tensors_of(model, optimizer), state["optimizer"]["parts"])
+    else:
+        load_weights(model, state["model"], path)
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)  # this run's lr, betas and decay win over the file's
     ranks = state["rng"]
@@ -372,3 +475,18 @@ def _from_seed(state: dict[str, Any], path: Path) -> dict[str, Any]:
 def _half_split(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of a q or k projection for RoPE on (0,1), (2,3), ... -> rows for RoPE on (0, H/2), (1, H/2 + 1), ..."""
     return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def main() -> None:
+    """Command line: a folder of parts to one file."""
+    parser = ArgumentParser()
+    parser.add_argument(
+        "folder", help="checkpoint_step_<N>.pt that is a folder, of a run that was too large for one file"
+    )
+    parser.add_argument("file", help="file to write, readable wherever a checkpoint is")
+    args = parser.parse_args()
+    one_file(Path(args.folder), Path(args.file))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -294,3 +295,55 @@ def test_any_number_of_ranks_trains_on_the_batch_in_tokens(world_size):
     done = plan.batch_size * plan.micro_steps * world_size
     assert (plan.steps, plan.batch_sequences) == (15_258, 640) and plan.batch_sequences % plan.batch_size == 0
     assert 640 <= done < 640 * 1.25 and (done == 640 or 640 % world_size)
+
+
+PARTS = """
+import checkpoint
+checkpoint.fits = lambda n_params: False
+training.main(parse_config(training.Config))
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=slow)])
+def test_a_checkpoint_in_parts_goes_on_anywhere_and_becomes_one_file(alone, data, items, tmp_path, optimizer):  # noqa: F811
+    """Written by two ranks to step 14, read by three (fsdp) and by one process; the file made of it holds the same."""
+    run_dir, script = tmp_path / "run", tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=str(ROOT)) + PARTS)
+    command = arguments(data, items, run_dir, f"--optimizer={optimizer}", "--parallel=fsdp", "--hellaswag=none")
+    launch([str(script), *command], 2)
+    folder = run_dir / "checkpoint_step_14.pt"
+    assert folder.is_dir() and len(list(folder.glob("*.distcp"))) == 2 and not list(run_dir.glob(".*.tmp"))
+    shutil.rmtree(run_dir / "checkpoint_step_20.pt")
+    (run_dir / "final_metrics.json").unlink()
+    shutil.copytree(run_dir, tmp_path / "three")
+    shutil.copytree(run_dir, tmp_path / "file")
+    shutil.rmtree(tmp_path / "file/checkpoint_step_14.pt")
+    checkpoint.one_file(folder, tmp_path / "file/checkpoint_step_14.pt")
+    launch(["training.py", *command, f"--run_dir={tmp_path / 'three'}"], 3)
+    for way in (run_dir, tmp_path / "file"):
+        training.main(parse_config(training.Config, [*command, f"--run_dir={way}"]))
+    whole = checkpoint.read(checkpoint.path_of(alone(optimizer), 20))
+    for way in (run_dir, tmp_path / "three", tmp_path / "file"):
+        assert values(way, "loss") == pytest.approx(values(alone(optimizer), "loss"), abs=1e-4)
+        ended = checkpoint.read(checkpoint.path_of(way, 20))
+        assert all(torch.allclose(ended["ema"][k], whole["ema"][k], atol=2e-3) for k in whole["ema"])
+    model, meta = checkpoint.load_model(folder)
+    again, _ = checkpoint.load_model(tmp_path / "file/checkpoint_step_14.pt")
+    assert meta["step"] == 14 and all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+def test_an_index_that_would_run_code_is_refused(tmp_path):
+    folder = tmp_path / "checkpoint_step_1.pt"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    with pytest.raises(ValueError, match="could run code"):
+        distributed.shapes_of_parts(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
