@@ -347,3 +347,43 @@ class Evil:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
+
+
+GRADIENTS = """
+from model import ModelConfig, Transformer
+strategy, tensor_parallel = sys.argv[1:]
+dist = distributed.init(strategy=strategy, tensor_parallel=int(tensor_parallel))
+
+def make():
+    torch.manual_seed(0)
+    config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=97, seq_len=32, qk_norm=True)
+    model = Transformer(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5) if p.dim() > 1 else p.add_(0.2 * torch.randn_like(p))
+    return model
+
+whole, parts = make(), distributed.build(make, dist)
+tokens = torch.randint(0, 97, (4, 32), generator=torch.Generator().manual_seed(1))
+mine = tokens[dist.data_rank :: dist.data_size]
+whole(tokens, tokens).backward()
+parts(mine, mine).backward()
+for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
+    assert (b.grad.full_tensor() - a.grad).abs().max() < 1e-5 * a.grad.abs().max(), name
+distributed.shutdown()
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "nodes", "mode"),
+    [
+        (2, 1, ["fsdp", "2"]),
+        pytest.param(4, 1, ["fsdp", "2"], marks=slow),
+        pytest.param(4, 1, ["fsdp", "1"], marks=slow),
+        pytest.param(4, 2, ["hsdp", "2"], marks=slow),
+    ],
+)
+def test_the_gradient_in_parts_is_that_of_the_whole(tmp_path, processes, nodes, mode):
+    """Every parameter's, the gains of norms included, which each tensor_parallel rank sees a part of."""
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)) + GRADIENTS)
+    launch([str(tmp_path / "script.py"), *mode], processes, nodes)
