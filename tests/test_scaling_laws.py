@@ -446,7 +446,7 @@ def test_a_data_value_sweep_sees_the_same_tokens_of_ever_fewer(tmp_path):
 def test_a_learning_rate_sweep_changes_the_learning_rate_alone(tmp_path):
     laws.sweep("learning_rate", flops=[1e18], batch_tokens=655_360, out_dir=str(tmp_path / "s"))
     cfgs = [parse(file.read_text()) for file in sorted((tmp_path / "s").glob("*.toml"))]
-    rates = sorted(cfg.optim.max_lr for cfg in cfgs)
+    rates = sorted(cfg.optim.peak_lr for cfg in cfgs)
     assert rates[-1] / rates[0] == pytest.approx(16, rel=0.05)
     assert {cfg.train.batch_tokens for cfg in cfgs} == {655_360} and len({cfg.train.max_tokens for cfg in cfgs}) == 1
     with pytest.raises(ValueError, match="is not empty"):
