@@ -60,6 +60,7 @@ SHOWN = {  # how a log line writes a value
     "hellaswag_acc_norm": "acc_norm {:.2%}",
 }
 WATCH_S = 5.0  # seconds between two looks of --watch
+LOGITS_BYTES = 4  # per token and word of the vocabulary, compiled: bf16 logits and their gradient
 EMA_DECAY = 0.99  # of the smoothed loss in plots, the seed's; less for short runs, where it would lag
 
 
@@ -188,6 +189,14 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_name.lower()), None)
 
 
+def activation_bytes(dim: int, query_width: int, kv_width: int, ffn_dim: int) -> int:
+    """What compiled bf16 training keeps of a token in a layer for the backward pass, recomputing nothing.
+
+    The residual stream twice in fp32, three vectors of dim, queries and their answer, keys, values and SwiGLU's three in bf16.
+    """
+    return (8 + 6) * dim + 4 * query_width + 4 * kv_width + 6 * ffn_dim
+
+
 def mfu(flops_per_token: float, tokens_per_s: float, device_name: str, n_devices: int) -> float | None:
     """Model FLOPs utilisation, 0..1 (arXiv:2204.02311): the share of the GPUs' peak that the model's own FLOPs take."""
     peak = peak_flops(device_name)
@@ -289,19 +298,19 @@ def plot_comparison(runs: dict[str, list[dict[str, Any]]], x: str, out: str | Pa
     """Training (smoothed) and validation losses of several runs against one of X_AXES, as a picture at `out`."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-    figure, axes = _figure(1, 2, figsize=(15, 6.5), sharey=True)
+    figure, axes = _figure(1, 2, figsize=(15, 6.5))
     for axis, key, title in zip(axes.flat, ("loss", "val_loss"), ("Training loss, smoothed", "Validation loss")):
         for name, rows in runs.items():
             at, values = curve(rows, key, x)
             axis.plot(at, ema(values) if key == "loss" else values, "-" if key == "loss" else "o-", ms=3, label=name)
         axis.set(title=title, xlabel=X_AXES[x][0], xscale="log", yscale="log")
-        axis.yaxis.set_major_locator(MaxNLocator(12))  # within a decade the usual ones are too few
+        low, high = axis.get_ylim()  # within a decade the usual ticks are too few
+        axis.yaxis.set_major_locator(MaxNLocator(12) if high < 10 * low else LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter("{x:.3g}")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.tick_params(labelleft=True)
         axis.grid(alpha=0.25, which="both")
         axis.legend(fontsize=8)
     axes.flat[0].set_ylabel("nats per token")

@@ -289,7 +289,7 @@ def swapped_in(average: Average | None) -> Iterator[None]:
 class Statistics:
     """Norms of every parameter, of its gradient (as clipped) and of its update, and how far successive gradients agree.
 
-    One row per `period` steps: {"step", "weight_norm": {name: value}, "grad_norm": ..., "update_norm": ...,
+    One row per `period` steps (0 = none): {"step", "weight_norm": {name: value}, "grad_norm": ..., "update_norm": ...,
     "grad_cosine": ...}. Such a step holds two more copies of the weights and waits for the device once.
     """
 
@@ -300,7 +300,7 @@ class Statistics:
     @contextlib.contextmanager
     def around(self, step: int) -> Iterator[None]:
         """Around the optimizer's part of step `step` (1-based)."""
-        due, due_next = step % self.period == 0, (step + 1) % self.period == 0
+        due, due_next = (self.period > 0 and s % self.period == 0 for s in (step, step + 1))
         weights = list(self.named.values())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights] if due or due_next else []
         before = [p.detach().clone() for p in weights] if due else []

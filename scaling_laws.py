@@ -940,10 +940,10 @@ def step_cost(strategy: str, shape: Shape, gpus: int, tokens: int, network: Netw
 
 
 def activation_bytes(shape: Shape, tokens: int) -> float:
-    """Kept for the backward pass by the compiled model, without recomputation: per token and layer two fp32 inputs of norms,
-    in bf16 their outputs, q, k, v, attention's output, and three of ffn_dim; at the end bf16 logits and their gradient."""
+    """Kept for the backward pass of so many tokens by the compiled model, without recomputation."""
     heads = shape.n_heads * shape.head_dim
-    return tokens * (shape.n_layers * (12 * shape.dim + 8 * heads + 6 * shape.ffn_dim) + 4 * shape.vocab_size)
+    layer = metrics.activation_bytes(shape.dim, heads, heads, shape.ffn_dim)
+    return tokens * (shape.n_layers * layer + metrics.LOGITS_BYTES * shape.vocab_size)
 
 
 CLUSTER_SHAPES = {  # the default model, configs/dclm_1b.toml, configs/dclm_7b.toml

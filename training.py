@@ -229,15 +229,17 @@ def expected_tokens_per_s(plan: Plan, dist: Dist) -> float | None:
 def expected_memory_gb(plan: Plan, cfg: Config, dist: Dist) -> float:
     """Weights, gradients, optimizer and one micro-step's activations of one process, GB.
 
-    Counted in what the backward pass of bf16 training keeps (fp32 residual stream; norms, heads and SwiGLU in bf16):
-    compiled bytes per token and layer 14 D + 4 (N + K) H + 6 F, half as many again without the compiler.
+    Activations are metrics.activation_bytes, half as many again without the compiler; with recompute "full" a layer's input.
     """
     shape, compiled = cfg.model, uses_compiler(cfg, dist.device)
     assert shape.n_kv_heads and shape.head_dim and shape.ffn_dim and shape.vocab_size
     state = {"sgd": 4, "lion": 4, "muon": 4}.get(cfg.optim.optimizer, 8) + (4 if cfg.optim.ema else 0)
-    layer = 14 * shape.dim + 4 * (shape.n_heads + shape.n_kv_heads) * shape.head_dim + 6 * shape.ffn_dim
-    layer *= cfg.train.activation_memory_budget if compiled else 1.5
-    head = 6 * shape.vocab_size if compiled else 0  # the eager loss makes a chunk of the logits at a time
+    widths = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    layer = metrics.activation_bytes(shape.dim, *widths, shape.ffn_dim) * (
+        cfg.train.activation_memory_budget if compiled else 1.5
+    )
+    layer = 4 * shape.dim if cfg.train.recompute == "full" else layer
+    head = metrics.LOGITS_BYTES * shape.vocab_size if compiled else 0  # eagerly a chunk of the logits exists at a time
     per_token = (shape.n_layers * layer + head) * (1 if uses_bf16(cfg, dist.device) else 1.7)
     libraries = 0.4e9 if dist.device.type == "cpu" else 0  # of the process, before anything is built
     return (libraries + (8 + 2 + state) * plan.params / dist.parts + per_token * plan.batch_size * shape.seq_len) / 1e9
@@ -301,11 +303,7 @@ def train(cfg: Config, dist: Dist) -> str | None:
     guard = safety.Guard(dist.device, cfg.train.skip_spikes)
     step, tokens, elapsed_s = start(state, cfg, raw_model, optimizer, guard, log)
     average = Average(raw_model, cfg.optim.ema, state, distributed.part_like) if cfg.optim.ema else None
-    stats = (
-        Statistics(raw_model, cfg.train.stats_every, partial(log.append, "stats.jsonl"))
-        if cfg.train.stats_every
-        else None
-    )
+    stats = Statistics(raw_model, cfg.train.stats_every, partial(log.append, "stats.jsonl"))
     del state  # its pages of the checkpoint file
     write_config(cfg, dist)
     tokenizer = tokenizer_if_there(loader, log)
@@ -353,7 +351,7 @@ def train(cfg: Config, dist: Dist) -> str | None:
                 break
             lr = lr_at(step, plan.steps, cfg.optim)
             set_lr(optimizer, lr)
-            watched = stats.around(step + 1) if stats else contextlib.nullcontext()
+            watched = stats.around(step + 1)
             loss, grad_norm = train_step(model, optimizer, guard, loader, plan.micro_steps, cfg, dist, watched)
             if average:
                 average.update()

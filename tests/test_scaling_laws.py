@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tomllib
-import typing
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,6 @@ import scaling_laws as laws
 import training
 from model import Transformer
 from scaling_laws import LAWS, SHAPES, Choice, Law, Network, Point, Question
-
-HAS_MDM = "mdm" in typing.get_args(typing.get_type_hints(training.TrainConfig)["objective"])
 
 # arXiv:2507.15857, table 5: dim, ffn_dim, head_dim, heads, layers, parameters in millions.
 TABLE = {
@@ -76,10 +73,7 @@ def model_of(text: str) -> Transformer:
 
 
 def parse(text: str) -> training.Config:
-    data = tomllib.loads(text)
-    if not HAS_MDM:
-        data["train"].pop("objective", None)
-    return config.from_dict(training.Config, data)
+    return config.from_dict(training.Config, tomllib.loads(text))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -113,8 +107,6 @@ PRESETS = {  # published parameters, what ours has more
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_file_passes_the_dry_run_with_the_published_count(name, capsys, monkeypatch):
-    if name.startswith("diffusion") and not HAS_MDM:
-        pytest.skip("training.py does not know --objective=mdm yet")
     monkeypatch.chdir("/")  # without data
     training.main(config.parse_config(training.Config, [str(ROOT / f"configs/{name}.toml"), "--dry_run"]))
     said = capsys.readouterr().out
@@ -271,10 +263,6 @@ def test_what_plan_writes_training_accepts(budget, tmp_path, capsys, monkeypatch
     said = capsys.readouterr().out
     model, tokens = re.search(r": ([\d,]+) parameters", said), re.search(r"tokens +([\d,]+) ", said)
     assert model and tokens
-    text = (tmp_path / "mine.toml").read_text()
-    if 'objective = "mdm"' in text and not HAS_MDM:
-        assert not parse(text).model.causal and model_of(text).num_params() == int(model[1].replace(",", ""))
-        return
     training.main(config.parse_config(training.Config, ["mine.toml", "--dry_run"]))
     planned = capsys.readouterr().out
     assert f"{model[1]} parameters" in planned
