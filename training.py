@@ -272,8 +272,19 @@ def dry_run(cfg: Config, dist: Dist) -> None:
     else:
         cfg = with_vocabulary(cfg, None)
         plan = make_plan(cfg, dist.data_size, cfg.data.unique_tokens)
+    if cfg.train.batch_size == "auto":
+        plan = make_plan(cfg, dist.data_size, plan.unique_tokens, expected_to_fit(plan, cfg, dist))
     if dist.is_main:
         print(describe(plan, cfg, dist))
+
+
+def expected_to_fit(plan: Plan, cfg: Config, dist: Dist) -> int:
+    """What batch_size "auto" will find, by the plan's own arithmetic."""
+    if dist.device.type != "cuda":
+        return CPU_AUTO
+    room = 0.94 * torch.cuda.mem_get_info()[1] / 1e9
+    fits = (n for n in range(MAX_AUTO, 0, -1) if expected_memory_gb(replace(plan, batch_size=n), cfg, dist) < room)
+    return next(fits, 1)
 
 
 def preflight(cfg: Config, dist: Dist) -> None:
