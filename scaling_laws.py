@@ -8,21 +8,26 @@
     python scaling_laws.py fit runs/c*                                    # constants, their intervals, law.json, law.png
     python scaling_laws.py cluster                                        # memory and traffic of DDP, FSDP, HSDP, TP
 
-N is parameters, D tokens seen, U unique tokens, C = 6 N D FLOPs, L the loss in nats per token. `plan` only prints, unless
---output is given; `sweep` writes into --out_dir, `fit` what --output and --plot name. A plan is a forecast: the laws were fitted on
-other data, tokenizers and optimizers; runs of your own and `fit` make it yours.
+N is parameters, D tokens seen, U unique tokens, C = 6 N D FLOPs, L the loss in nats per token. A plan is a forecast: the laws were
+fitted on other data, tokenizers and optimizers; runs of your own and `fit` make it yours.
 """
 
+import itertools
 import json
 import math
 import os
 import random
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 import config
 import metrics
@@ -68,9 +73,8 @@ class Shape:
     @property
     def published_params(self) -> int:
         """The count of arXiv:2507.15857, section 9: it has biases of norms, 4 dim more per layer, and no last norm."""
-        return (
-            self.n_layers * (4 * self.dim**2 + 3 * self.dim * self.ffn_dim + 6 * self.dim) + self.vocab_size * self.dim
-        )
+        per_layer = 4 * self.dim**2 + 3 * self.dim * self.ffn_dim + 6 * self.dim
+        return self.n_layers * per_layer + self.vocab_size * self.dim
 
     def flops_per_token(self, seq_len: int) -> int:
         """As Transformer.flops_per_token counts: the matrices' and attention's."""
@@ -78,9 +82,8 @@ class Shape:
         return 6 * (self.params - lookup_only) + 12 * self.n_layers * self.n_heads * self.head_dim * seq_len
 
     def __str__(self) -> str:
-        return (
-            f"{self.n_layers} layers, dim {self.dim}, {self.n_heads} heads of {self.head_dim}, ffn_dim {self.ffn_dim}"
-        )
+        heads = f"{self.n_heads} heads of {self.head_dim}"
+        return f"{self.n_layers} layers, dim {self.dim}, {heads}, ffn_dim {self.ffn_dim}"
 
 
 # The family of arXiv:2305.16264 and arXiv:2507.15857: name, dim, head_dim, heads, layers; some have heads x head_dim != dim.
@@ -173,22 +176,13 @@ class Law:
 MDM_OPTIMA = {1e19: "117M", 3e19: "217M", 1e20: "425M"}
 EXPONENT = 0.3526596
 MDM_BALANCE = math.prod(SHAPES[name].params / math.sqrt(C / 6) for C, name in MDM_OPTIMA.items()) ** (1 / 3)
+MDM_A = MDM_BALANCE ** (2 * EXPONENT)
+E, A, B = map(math.exp, (0.6254804, 6.255414, 7.3049974))  # Muennighoff's
 LAWS = {
     "hoffmann": Law(1.69, 406.4, 410.7, 0.34, 0.28, source="arXiv:2203.15556, approach 3"),
     "epoch": Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658, source="arXiv:2404.10102, refit of the same runs"),
-    "muennighoff": Law(
-        math.exp(0.6254804),
-        math.exp(6.255414),
-        math.exp(7.3049974),
-        EXPONENT,
-        EXPONENT,
-        15.387756,
-        5.309743,
-        "arXiv:2305.16264",
-    ),
-    "diffusion": Law(
-        None, MDM_BALANCE ** (2 * EXPONENT), 1.0, EXPONENT, EXPONENT, 493.89, 1265.65, "arXiv:2507.15857, table 1"
-    ),
+    "muennighoff": Law(E, A, B, EXPONENT, EXPONENT, 15.387756, 5.309743, source="arXiv:2305.16264"),
+    "diffusion": Law(None, MDM_A, 1.0, EXPONENT, EXPONENT, 493.89, 1265.65, source="arXiv:2507.15857, table 1"),
 }
 MDM_COST = 16  # compute that masked diffusion needs for AR's loss while all tokens are new (arXiv:2410.18514)
 AS_GOOD_AS_NEW = {"ar": 4, "mdm": 100}  # epochs that teach about as much as new tokens would (the same two papers)
@@ -246,6 +240,11 @@ class Choice:
     def epochs(self) -> float:
         return self.tokens / self.unique_tokens if self.unique_tokens else 1.0
 
+    @property
+    def size(self) -> tuple[float, float, float | None]:
+        """(N, D, U), as a law takes them."""
+        return self.shape.params, self.tokens, self.unique_tokens
+
 
 def plan(
     flops: float | None = None,  # compute, 6 x parameters x tokens
@@ -267,30 +266,46 @@ def plan(
     output: str | None = None,  # TOML file to write
 ) -> None:
     """A model, a token count, an objective, hours and dollars from a budget: FLOPs, GPU-hours, tokens, epochs or a depth."""
-    peak = metrics.peak_flops(gpu)
-    if peak is None:
-        raise ValueError(f"unknown gpu {gpu!r}; known are {', '.join(metrics.PEAK_FLOPS)}")
-    for name, value in {"n_gpus": n_gpus, "seq_len": seq_len, "mfu": mfu, "vocab_size": vocab_size}.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+    rate = peak_of(gpu) * mfu * 3600
+    positive(n_gpus=n_gpus, mfu=mfu)
+    check_folder(output)
     budget = {"flops": flops, "gpu_hours": gpu_hours, "tokens": tokens, "epochs": epochs, "depth": depth}
     budget = {name: value for name, value in budget.items() if value is not None}
     if not budget and unique_tokens:
         budget["epochs"] = AS_GOOD_AS_NEW["mdm" if objective == "mdm" else "ar"]
-    rate = peak * mfu * 3600
     question = Question(budget, unique_tokens, preset, seq_len, vocab_size, rate, law)
-    chosen, reason = decide(question, objective)
-    hours = chosen.tokens * chosen.shape.flops_per_token(seq_len) / rate
-    print(describe(chosen, question.law_for(chosen.objective), law))
+    choice, reason = decide(question, objective)
+    hours = choice.tokens * choice.shape.flops_per_token(seq_len) / rate
     cost = f"{hours:.3g} GPU-hours, ${hours * dollars_per_gpu_hour:,.2f} at ${dollars_per_gpu_hour:g} each"
+    print(describe(choice, question))
     print(f"time       {hours / n_gpus:.3g} h on {n_gpus} x {gpu} at an assumed {mfu:.0%} MFU: {cost}")
     print(f"objective  {reason}")
-    for note in notes(chosen, question):
+    for note in notes(choice, question):
         print(f"note       {note}")
     if output:
-        why = f"scaling_laws.py plan, {chosen.flops:.3g} FLOP"
-        write(Path(output), toml(chosen, source, Path("runs", Path(output).stem), why))
+        why = f"scaling_laws.py plan, {choice.flops:.3g} FLOP"
+        metrics.write_text(output, toml(choice, source, Path("runs", Path(output).stem), why))
         print(f"wrote      {output}; python training.py {output} --dry_run")
+
+
+def peak_of(gpu: str) -> float:
+    """FLOP/s. Raises ValueError for an unknown GPU."""
+    if peak := metrics.peak_flops(gpu):
+        return peak
+    raise ValueError(f"unknown gpu {gpu!r}; known are {', '.join(metrics.PEAK_FLOPS)}")
+
+
+def positive(**values: float | None) -> None:
+    """Raise ValueError for a value that is not above 0; None was not given."""
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be above 0, got {value:g}")
+
+
+def check_folder(path: str | None) -> None:
+    """Raise ValueError for a file that cannot be written, before the work that it will hold."""
+    if path and not Path(path).parent.is_dir():
+        raise ValueError(f"cannot write {path}: no folder {Path(path).parent}; make it first")
 
 
 @dataclass(frozen=True)
@@ -302,78 +317,71 @@ class Question:
     preset: str | None
     seq_len: int
     vocab_size: int
-    flops_per_gpu_hour: float
+    flops_per_gpu_hour: float = 0.0
     law: str | None = None
 
     def __post_init__(self):
-        if self.unique_tokens is not None and self.unique_tokens < 1:
-            raise ValueError(f"unique_tokens must be at least 1, got {self.unique_tokens}")
+        positive(unique_tokens=self.unique_tokens, seq_len=self.seq_len, vocab_size=self.vocab_size, **self.budget)
         if len(self.budget) != 1:
-            given = ", ".join(f"--{name}" for name in self.budget) or "none"
-            raise ValueError(
-                f"give one of --flops, --gpu_hours, --tokens, --epochs, --depth, or --unique_tokens; got {given}"
-            )
-        name, value = next(iter(self.budget.items()))
-        if value <= 0:
-            raise ValueError(f"{name} must be above 0, got {value:g}")
-        if name == "epochs" and not self.unique_tokens:
+            known = "--flops, --gpu_hours, --tokens, --epochs, --depth, or --unique_tokens"
+            raise ValueError(f"give one of {known}; got {', '.join(f'--{name}' for name in self.budget) or 'none'}")
+        if "epochs" in self.budget and not self.unique_tokens:
             raise ValueError("--epochs counts passes over --unique_tokens; give both")
-        if name == "depth" and (self.preset or self.unique_tokens):
+        if "depth" in self.budget and (self.preset or self.unique_tokens):
             raise ValueError("--depth decides shape and tokens; leave out --preset and --unique_tokens")
         if self.preset and self.preset not in SHAPES:
             raise ValueError(f"unknown preset {self.preset!r}; one of {', '.join(SHAPES)}")
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, Shape]:
         """Those to choose from."""
         names = [self.preset] if self.preset else SHAPES
         return {name: replace(SHAPES[name], vocab_size=self.vocab_size) for name in names}
+
+    def nearest(self, params: float) -> str:
+        """Name of the shape with about so many parameters."""
+        return min(self.shapes, key=lambda name: abs(math.log(self.shapes[name].params / params)))
 
     def law_for(self, objective: Objective) -> Law:
         """The law asked for, or the one that fits: only two know about repeated tokens, one of them diffusion's."""
         default = "diffusion" if objective == "mdm" else "muennighoff" if self.unique_tokens else "epoch"
         law = load_law(self.law or default)
         if self.unique_tokens and law.r_data is None:
-            raise ValueError(
-                f"law {self.law} knows nothing of repeated tokens; take muennighoff, or a fit of runs with repeats"
-            )
+            what = f"law {self.law} knows nothing of repeated tokens"
+            raise ValueError(f"{what}; take muennighoff, or a fit of runs with repeats")
         return law
 
     def tokens_for(self, shape: Shape) -> float:
         """D that uses the budget up."""
-        match next(iter(self.budget.items())):
-            case "flops", flops:
+        match self.budget:
+            case {"flops": flops}:
                 return flops / 6 / shape.params
-            case "gpu_hours", hours:
+            case {"gpu_hours": hours}:
                 return hours * self.flops_per_gpu_hour / shape.flops_per_token(self.seq_len)
-            case "epochs", epochs:
+            case {"epochs": epochs}:
                 return epochs * (self.unique_tokens or 0)
-            case _, tokens:
-                return tokens
+        return self.budget["tokens"]
 
     def answer(self, objective: Objective) -> Choice:
         """The shape with the least expected loss; where tokens are the budget, the one for which they are optimal."""
         if depth := self.budget.get("depth"):
             shape, tokens, batch = dial(int(depth), self.vocab_size)
             return Choice(f"d{int(depth)}", shape, tokens, objective, self.seq_len, batch=batch)
-        law, shapes, unique = self.law_for(objective), self.shapes, self.unique_tokens
-        tokens = {name: self.tokens_for(shape) for name, shape in shapes.items()}
+        law, unique = self.law_for(objective), self.unique_tokens
+        tokens = {name: self.tokens_for(shape) for name, shape in self.shapes.items()}
         if self.budget.keys() & {"tokens", "epochs"}:
-            wanted = law.best_params(law.worth(1, next(iter(tokens.values())), unique)[1])
-            name = min(shapes, key=lambda n: abs(math.log(shapes[n].params / wanted)))
+            name = self.nearest(law.best_params(law.worth(1, next(iter(tokens.values())), unique)[1]))
         else:
-            name = min(shapes, key=lambda n: law.gap(shapes[n].params, tokens[n], unique))
-        return Choice(name, shapes[name], tokens[name], objective, self.seq_len, unique)
+            name = min(tokens, key=lambda name: law.gap(self.shapes[name].params, tokens[name], unique))
+        return Choice(name, self.shapes[name], tokens[name], objective, self.seq_len, unique)
 
 
 def decide(question: Question, objective: Literal["auto", "ar", "mdm"]) -> tuple[Choice, str]:
     """(what to train, why with this objective): AR while tokens are new, masked diffusion beyond the critical compute."""
     choice = question.answer("mdm" if objective == "mdm" else "ar")
     if question.unique_tokens is None or choice.tokens <= question.unique_tokens:
-        why = (
-            f"all tokens are new: AR is right; masked diffusion needs about {MDM_COST}x the compute (arXiv:2410.18514)"
-        )
-        return choice, f"{choice.objective}. {why}"
+        why = f"AR is right; masked diffusion needs about {MDM_COST}x the compute (arXiv:2410.18514)"
+        return choice, f"{choice.objective}. all tokens are new: {why}"
     critical = critical_flops(question.unique_tokens)
     share = choice.flops / critical
     right = "either, train both" if 1 / CLOSE < share < CLOSE else "mdm" if share > 1 else "ar"
@@ -385,28 +393,25 @@ def decide(question: Question, objective: Literal["auto", "ar", "mdm"]) -> tuple
     )
 
 
-def describe(choice: Choice, law: Law, asked: str | None) -> str:
+def describe(choice: Choice, question: Question) -> str:
     """The plan as text, without time and objective."""
-    N, D, U = choice.shape.params, choice.tokens, choice.unique_tokens
+    (N, D, U), law, asked = choice.size, question.law_for(choice.objective), question.law
     lines = [
         f"model      {choice.name}: {N:,} parameters, {choice.shape}",
         f"tokens     {D:,.0f} ({D / N:.1f} per parameter), {choice.flops:.3g} FLOP",
     ]
-    if U and D > U:
+    repeats = U is not None and D > U
+    if repeats:
         new = law.worth(N, D, U)[1]
-        lines.append(
-            f"epochs     {choice.epochs:.3g} of {U:,} unique tokens, worth {new:,.0f} new ones ({new / D:.0%} of those seen)"
-        )
-    laws = {asked or "": law} if asked else {k: v for k, v in LAWS.items() if v.r_data is not None or not (U and D > U)}
-    laws = {name: law for name, law in laws.items() if law.E is not None}
-    losses = ", ".join(f"{law.loss(N, D, U):.3f} ({name})" for name, law in laws.items())
+        worth = f"worth {new:,.0f} new ones ({new / D:.0%} of those seen)"
+        lines += [f"epochs     {choice.epochs:.3g} of {U:,} unique tokens, {worth}"]
+    known = {asked: law} if asked else LAWS if choice.objective == "ar" else {}
+    able = {name: law for name, law in known.items() if law.E is not None and (law.r_data is not None or not repeats)}
+    losses = ", ".join(f"{law.loss(N, D, U):.3f} ({name})" for name, law in able.items())
     unknown = "not known for masked diffusion: E, A and B are not published; --law with a fit of your own runs"
-    lines.append(f"loss       {unknown if choice.objective == 'mdm' and not asked else losses + ', nats per token'}")
-    steps = D // choice.batch_tokens
-    lines.append(
-        f"batch      {choice.batch_tokens:,} tokens, {steps:,.0f} steps, max_lr {choice.lr:g} (arXiv:2401.02954)"
-    )
-    return "\n".join(lines)
+    lines += [f"loss       {f'{losses}, nats per token' if losses else unknown}"]
+    steps = f"{D // choice.batch_tokens:,.0f} steps, max_lr {choice.lr:g} (arXiv:2401.02954)"
+    return "\n".join([*lines, f"batch      {choice.batch_tokens:,} tokens, {steps}"])
 
 
 def notes(choice: Choice, question: Question) -> list[str]:
@@ -428,19 +433,14 @@ def notes(choice: Choice, question: Question) -> list[str]:
 
 
 def saturation(question: Question, law: Law, choice: Choice) -> float:
-    """The least compute whose best model comes within 0.01 nats of `choice`'s loss, by bisection."""
-    limit = law.gap(choice.shape.params, choice.tokens, choice.unique_tokens) + 0.01
-    low, high = choice.flops / 1e4, choice.flops
-    for _ in range(40):
-        middle = math.sqrt(low * high)
-        less = replace(question, budget={"flops": middle}).answer(choice.objective)
-        low, high = (
-            (low, middle) if law.gap(less.shape.params, less.tokens, less.unique_tokens) < limit else (middle, high)
-        )
-    return high
+    """The least compute, within 0.02%, whose best model comes within 0.01 nats of `choice`'s loss."""
+    spent = lambda i: choice.flops * 10 ** (i / 10_000 - 4)
+    best = lambda i: replace(question, budget={"flops": spent(i)}).answer(choice.objective)
+    limit = law.gap(*choice.size) + 0.01
+    return spent(bisect_left(range(40_000), True, key=lambda i: law.gap(*best(i).size) < limit))
 
 
-def toml(choice: Choice, source: str, run_dir: Path | str, why: str) -> str:
+def toml(choice: Choice, source: str, run_dir: Path, why: str) -> str:
     """A config file for training.py."""
     shape, repeats = choice.shape, choice.unique_tokens is not None
     lines = [f"# {why}: {choice.name}, {shape.params:,} parameters, vocabulary {shape.vocab_size:,}", "", "[model]"]
@@ -455,14 +455,6 @@ def toml(choice: Choice, source: str, run_dir: Path | str, why: str) -> str:
     lines += ["", "[train]", f"run_dir = {json.dumps(str(run_dir))}", f'objective = "{choice.objective}"']
     lines += [f"epochs = {choice.epochs:.6g}"] if repeats else [f"max_tokens = {choice.tokens:.0f}"]
     return "\n".join([*lines, f"batch_tokens = {choice.batch_tokens}", ""])
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file as a whole."""
-    if path.parent.is_dir():
-        metrics.write_text(path, text)
-    else:
-        raise ValueError(f"cannot write {path}: no folder {path.parent}; make it first")
 
 
 def shapes() -> None:
@@ -483,11 +475,14 @@ class Point(NamedTuple):
     unique: float  # of the tokens, at most `tokens`
     loss: float  # validation, nats per token
 
+    @property
+    def flops(self) -> float:
+        return 6 * self.params * self.tokens
 
-FACTORS, FLOORS, EXPONENTS = [0.0, 5, 10, 15, 20, 25], [-1.0, -0.5, 0, 0.5, 1], [0.0, 0.5, 1, 1.5, 2]
-STARTS = (FACTORS, FACTORS, FLOORS, EXPONENTS, EXPONENTS)  # log A, log B, log E, alpha, beta: arXiv:2203.15556, D.3
-HUBER_DELTA = 1e-3  # of the residual of log L: outliers beyond a thousandth count linearly
-POLISHED = 4  # best starts that are followed down
+    @property
+    def is_new(self) -> bool:
+        """At most one epoch; the last batch may begin the second."""
+        return self.tokens <= 1.01 * self.unique
 
 
 def fit(
@@ -495,26 +490,25 @@ def fit(
     output: str = "law.json",  # file for the constants; plan --law reads it
     plot: str | None = "law.png",  # picture; none = no picture
     bootstrap: int = 100,  # resamplings for the intervals
-    seed: int = 0,  # of the resamplings
 ) -> None:
     """Constants of L(N, D) from final validation losses, with 95% intervals; with repeated data also R_D* and R_N*.
 
     As in arXiv:2203.15556: the sum of Huber losses of log L, L-BFGS from the best of a grid. Repeats in a second step, as in
     arXiv:2305.16264: the five constants come from runs of at most one epoch, the two others from the rest.
     """
+    check_folder(output)
+    check_folder(plot)
     same_kind(runs)
     points = [point for path in runs for point in read_points(Path(path))]
-    for path in filter(None, (output, plot)):
-        if not Path(path).parent.is_dir():
-            raise ValueError(f"cannot write {path}: no folder {Path(path).parent}; make it first")
     law = fit_law(points)
-    spread = intervals(points, law, bootstrap, seed)
+    spread = intervals(points, law, bootstrap)
     print(report(points, law, spread))
-    write(Path(output), json.dumps({"law": asdict(law), "intervals": spread, "runs": len(points)}, indent=1) + "\n")
+    found = {"law": asdict(law), "intervals": spread, "runs": len(points)}
+    metrics.write_text(output, json.dumps(found, indent=1) + "\n")
     if plot:
         draw(points, law, Path(plot))
     print(
-        f"wrote      {output}{' and ' + plot if plot else ''}; python scaling_laws.py plan --flops=1e19 --law={output}"
+        f"wrote      {output}{f' and {plot}' if plot else ''}; python scaling_laws.py plan --flops=1e19 --law={output}"
     )
 
 
@@ -531,7 +525,7 @@ def read_points(path: Path) -> list[Point]:
             row = json.loads(line)
             params, loss = row.get("parameters", row.get("params")), row.get("val_loss", row.get("loss"))
             unique = min(row["tokens"], row.get("unique_tokens") or row["tokens"])
-            points.append(Point(float(params), float(row["tokens"]), float(unique), float(loss)))
+            points.append(Point(*map(float, (params, row["tokens"], unique, loss))))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} lacks params, tokens or loss, or one is no number: {line[:80]}") from error
         if not all(0 < value < math.inf for value in points[-1]):
@@ -551,119 +545,89 @@ def same_kind(runs: Sequence[str]) -> None:
         raise ValueError(f"losses of different objectives or tokenizers do not belong to one law: {told}")
 
 
-def is_new(point: Point) -> bool:
-    """At most one epoch; the last batch may begin the second."""
-    return point.tokens <= 1.01 * point.unique
+FACTORS, FLOORS, EXPONENTS = [0.0, 5, 10, 15, 20, 25], [-1.0, -0.5, 0, 0.5, 1], [0.0, 0.5, 1, 1.5, 2]
+STARTS = (FACTORS, FACTORS, FLOORS, EXPONENTS, EXPONENTS)  # log A, log B, log E, alpha, beta: arXiv:2203.15556, D.3
+REPEAT_STARTS = [[math.log(R) for R in (1, 10, 100, 1000)]] * 2  # R_D*, R_N*
+LARGEST = 25.0  # log of R_D* and R_N* beyond which nothing is left to see
+POLISHED = 4  # best starts that are followed down
+HUBER_DELTA = 1e-3  # of the residual of log L: outliers beyond a thousandth count linearly
 
 
 def fit_law(points: Sequence[Point], start: Law | None = None) -> Law:
     """The law that describes the points. `start`: only improve that one."""
-    fresh, repeated = [p for p in points if is_new(p)], [p for p in points if not is_new(p)]
+    fresh, repeated = [p for p in points if p.is_new], [p for p in points if not p.is_new]
     variety = len({p.params for p in fresh}), len({round(p.tokens, -3) for p in fresh})
     if len(fresh) < 6 or min(variety) < 3:
         raise ValueError(
             f"{len(fresh)} runs of at most one epoch, {variety[0]} sizes, {variety[1]} token counts: five constants need "
             "at least 6 runs, 3 sizes, 3 token counts; make more (`sweep chinchilla`)"
         )
-    starts = [_logs(start)] if start else _best_starts(fresh)
-    a, b, e, alpha, beta = min((_minimize(_residuals(fresh), theta) for theta in starts), key=lambda found: found[0])[1]
+    starts: Iterable[Sequence[float]] = itertools.product(*STARTS)
+    if start and start.E:
+        starts = [(math.log(start.A), math.log(start.B), math.log(start.E), start.alpha, start.beta)]
+    a, b, e, alpha, beta = _minimize(_residuals, fresh, starts)
     law = Law(math.exp(e), math.exp(a), math.exp(b), alpha, beta, source=f"fit of {len(points)} runs")
     if not repeated:
         return law
-    guesses = [(start.r_data, start.r_params)] if start and start.r_data and start.r_params else REPEAT_STARTS
-    thetas = [[math.log(r_data), math.log(r_params)] for r_data, r_params in guesses]
-    found = min((_minimize(_repeat_residuals(repeated, law), theta) for theta in thetas), key=lambda found: found[0])[1]
-    return replace(law, r_data=math.exp(found[0]), r_params=math.exp(found[1]))
+    starts = itertools.product(*REPEAT_STARTS)
+    if start and start.r_data and start.r_params:
+        starts = [(math.log(start.r_data), math.log(start.r_params))]
+    r_data, r_params = _minimize(partial(_repeat_residuals, law), repeated, starts)
+    return replace(law, r_data=math.exp(r_data), r_params=math.exp(r_params))
 
 
-REPEAT_STARTS = [(d, n) for d in (1.0, 10.0, 100.0, 1000.0) for n in (1.0, 10.0, 100.0, 1000.0)]
-LARGEST = 25.0  # log of R_D* and R_N* beyond which nothing is left to see
+def _residuals(theta: Any, runs: Any) -> Any:
+    """[..., n], differences of log L: of theta [..., 5] to runs [n, 4]; by logarithms, so that no term overflows."""
+    params, tokens, _, loss = runs.log().T
+    a, b, e, alpha, beta = theta[..., None].unbind(-2)
+    return (a - alpha * params).logaddexp(b - beta * tokens).logaddexp(e) - loss
 
 
-def _logs(law: Law) -> list[float]:
-    assert law.E is not None
-    return [math.log(law.A), math.log(law.B), math.log(law.E), law.alpha, law.beta]
+def _repeat_residuals(law: Law, theta: Any, runs: Any) -> Any:
+    """The same for theta [..., 2], logs of R_D* and R_N*: Law.worth and Law.loss in differentiable form."""
+    params, tokens, unique, loss = runs.T
+    needed = params.minimum(law.best_params(unique))
+    r_data, r_params = theta.clamp(-LARGEST, LARGEST).exp()[..., None].unbind(-2)
+    N = needed * (1 - r_params * ((1 - params / needed) / r_params).expm1())
+    D = unique * (1 - r_data * ((1 - tokens / unique) / r_data).expm1())
+    return (law.E + law.A * N**-law.alpha + law.B * D**-law.beta).log() - loss.log()
 
 
-def _columns(points: Sequence[Point]) -> list[Any]:
-    """Tensors [n] of params, tokens, unique, loss."""
+def _minimize(residuals: Callable[..., Any], points: Sequence[Point], starts: Iterable[Sequence[float]]) -> list[float]:
+    """theta of the least sum of Huber losses over the points: L-BFGS from the POLISHED best starts."""
     import torch
 
-    return list(torch.tensor(points, dtype=torch.float64).T)
+    runs, grid = torch.tensor(points, dtype=torch.float64), torch.tensor(list(starts), dtype=torch.float64)
+
+    def objective(theta: Any) -> Any:  # in units of delta squared, which keeps it near 1 for the optimizer
+        errors = residuals(theta, runs)
+        losses = torch.nn.functional.huber_loss(errors, errors * 0, delta=HUBER_DELTA, reduction="none")
+        return losses.sum(-1) / HUBER_DELTA**2
+
+    def descend(theta: Any) -> tuple[float, list[float]]:
+        theta = theta.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([theta], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")  # fmt: skip
+
+        def closure() -> Any:
+            optimizer.zero_grad()
+            loss = objective(theta)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        value = objective(theta).item()
+        return (value if math.isfinite(value) else math.inf), theta.tolist()
+
+    return min(map(descend, grid[objective(grid).argsort()[:POLISHED]]))[1]
 
 
-def _residuals(points: Sequence[Point]) -> Callable[[Any], Any]:
-    """theta [..., 5] -> differences of log L [..., n]; log of the sum of the law's three terms, none of which overflows."""
-    import torch
-
-    params, tokens, _, loss = (column.log() for column in _columns(points))
-
-    def residuals(theta: Any) -> Any:
-        a, b, e, alpha, beta = theta[..., None].unbind(-2)
-        terms = torch.stack(torch.broadcast_tensors(a - alpha * params, b - beta * tokens, e + 0 * params))
-        return terms.logsumexp(0) - loss
-
-    return residuals
-
-
-def _repeat_residuals(points: Sequence[Point], law: Law) -> Callable[[Any], Any]:
-    """theta [2], logs of R_D* and R_N* -> differences of log L [n]: Law.worth and Law.loss in differentiable form."""
-    params, tokens, unique, loss = _columns(points)
-    needed = params.minimum(unique.new_tensor([law.best_params(u) for u in unique.tolist()]))
-    assert law.E is not None
-    floor = law.E
-
-    def residuals(theta: Any) -> Any:
-        r_data, r_params = theta.clamp(-LARGEST, LARGEST).exp()
-        N = needed * (1 - r_params * ((1 - params / needed) / r_params).expm1())
-        D = unique * (1 - r_data * ((1 - tokens / unique) / r_data).expm1())
-        return (floor + law.A * N**-law.alpha + law.B * D**-law.beta).log() - loss.log()
-
-    return residuals
-
-
-def _huber(residuals: Any) -> Any:
-    """Sum over runs, in units of delta squared, which keeps it near 1 for the optimizer."""
-    import torch.nn.functional as F
-
-    return F.huber_loss(residuals, residuals * 0, delta=HUBER_DELTA, reduction="none").sum(-1) / HUBER_DELTA**2
-
-
-def _best_starts(points: Sequence[Point]) -> list[list[float]]:
-    import torch
-
-    grid = torch.cartesian_prod(*(torch.tensor(values, dtype=torch.float64) for values in STARTS))
-    return grid[_huber(_residuals(points)(grid)).argsort()[:POLISHED]].tolist()
-
-
-def _minimize(residuals: Callable[[Any], Any], start: Sequence[float]) -> tuple[float, list[float]]:
-    """(objective, theta) at the end of L-BFGS."""
-    import torch
-
-    theta = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([theta], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")  # fmt: skip
-
-    def closure() -> Any:
-        optimizer.zero_grad()
-        loss = _huber(residuals(theta))
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    value = closure().item()
-    return (value if math.isfinite(value) else math.inf), theta.tolist()
-
-
-def intervals(points: Sequence[Point], law: Law, rounds: int, seed: int) -> dict[str, list[float]]:
+def intervals(points: Sequence[Point], law: Law, rounds: int) -> dict[str, list[float]]:
     """{constant: [low, high]}, the middle 95% of fits to runs drawn with replacement."""
-    draw_from, fits = random.Random(seed), []
+    rng, fits = random.Random(0), []
     for _ in range(20 * rounds):
-        if len(fits) == rounds:
-            break
-        try:
-            fits.append(constants(fit_law(draw_from.choices(points, k=len(points)), law)))
-        except ValueError:  # a draw with too few different runs
-            continue
+        if len(fits) < rounds:
+            with suppress(ValueError):  # a draw with too few different runs
+                fits.append(constants(fit_law(rng.choices(points, k=len(points)), law)))
     ranked = {name: sorted(fit[name] for fit in fits) for name in constants(law)} if fits else {}
     return {name: [v[int(0.025 * len(v))], v[math.ceil(0.975 * len(v)) - 1]] for name, v in ranked.items()}
 
@@ -676,43 +640,29 @@ def constants(law: Law) -> dict[str, float]:
 
 def report(points: Sequence[Point], law: Law, spread: Mapping[str, Sequence[float]]) -> str:
     """Constants with intervals, how well they describe the runs, what they recommend."""
-    errors = [math.log(p.loss / law.loss(p.params, p.tokens, p.unique)) for p in points]
+    errors = [math.log(p.loss / law.loss(*p[:3])) for p in points]
     mean = sum(math.log(p.loss) for p in points) / len(points)
     r2 = 1 - sum(e * e for e in errors) / sum((math.log(p.loss) - mean) ** 2 for p in points)
-    repeated = sum(not is_new(p) for p in points)
+    repeated, largest = sum(not p.is_new for p in points), max(p.flops for p in points)
     lines = [f"{len(points)} runs, {repeated} with repeated tokens", f"{'':10}{'estimate':>12}{'95% interval':>26}"]
     for name, value in constants(law).items():
         low, high = spread.get(name, (math.nan, math.nan))
         lines.append(f"{name:10}{value:12.5g}{f'{low:.5g} to {high:.5g}':>26}")
-    largest = max(6 * p.params * p.tokens for p in points)
-    lines += [f"R^2 of log L {r2:.4f}, largest error {max(map(abs, errors)):.2%}"]
+    lines.append(f"R^2 of log L {r2:.4f}, largest error {max(map(abs, errors)):.2%}")
     for C in (largest, 10 * largest):
         N, D = law.optimum(C)
         lines.append(f"best for {C:.2g} FLOP: N {N:.3g}, D {D:.3g} ({D / N:.1f} per parameter), L {law.loss(N, D):.3f}")
     return "\n".join([*lines, f"beyond {largest:.2g} FLOP, the largest run here, the law is a guess"])
 
 
-def budgets(points: Sequence[Point], most: int = 9) -> list[list[Point]]:
-    """The `most` largest groups of runs of nearly the same compute (within 10% of the smallest), of three sizes or more."""
-    groups: list[list[Point]] = []
-    for point in sorted(filter(is_new, points), key=lambda p: p.params * p.tokens):
-        if groups and point.params * point.tokens <= 1.1 * groups[-1][0].params * groups[-1][0].tokens:
-            groups[-1].append(point)
-        else:
-            groups.append([point])
-    groups = sorted((sorted(g) for g in groups if len({p.params for p in g}) >= 3), key=len)[-most:]
-    return sorted(groups, key=lambda group: group[0].params * group[0].tokens)
-
-
 def draw(points: Sequence[Point], law: Law, out: Path) -> None:
-    """Panels: loss by compute, errors, and where the runs show it, loss by size at equal compute and the worth of repeats."""
+    """Panels: loss by size at equal compute, where the runs show it; loss by compute; errors."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = {_draw_isoflops: budgets(points), _draw_frontier: True, _draw_errors: True, _draw_repeats: law.r_data}
-    panels = [panel for panel, there in shown.items() if there]
+    panels = [*([_draw_isoflops] if budgets(points) else []), _draw_frontier, _draw_errors]
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), constrained_layout=True)
     for axis, panel in zip(axes, panels, strict=True):
         axis.set_xscale("log")
@@ -725,19 +675,27 @@ def draw(points: Sequence[Point], law: Law, out: Path) -> None:
     metrics.save_figure(figure, out)
 
 
-def _spaced(low: float, high: float, n: int = 200) -> list[float]:
-    return [low * (high / low) ** (i / (n - 1)) for i in range(n)]
+def budgets(points: Sequence[Point], most: int = 9) -> list[list[Point]]:
+    """The `most` largest groups of runs of nearly the same compute (within 10% of the smallest), of three sizes or more."""
+    groups: list[list[Point]] = []
+    for point in sorted((p for p in points if p.is_new), key=lambda p: p.flops):
+        if groups and point.flops <= 1.1 * groups[-1][0].flops:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    groups = sorted((sorted(g) for g in groups if len({p.params for p in g}) >= 3), key=len)[-most:]
+    return sorted(groups, key=lambda group: group[0].flops)
 
 
 def _draw_isoflops(axis: Any, points: Sequence[Point], law: Law, colors: Any) -> None:
     axis.set(title="Loss by size, at equal compute", xlabel="parameters", ylabel="validation loss, nats per token")
     groups = budgets(points)
     for i, group in enumerate(groups):
-        C = 6 * sum(p.params * p.tokens for p in group) / len(group)
+        C = sum(p.flops for p in group) / len(group)
         color = colors(0.9 * i / max(1, len(groups) - 1))
         axis.plot([p.params for p in group], [p.loss for p in group], "o", ms=4, color=color, label=f"{C:.2g} FLOP")
         best, tokens = law.optimum(C)
-        sizes = _spaced(min(best, 0.8 * group[0].params), max(best, 1.25 * group[-1].params))
+        sizes = np.geomspace(min(best, 0.8 * group[0].params), max(best, 1.25 * group[-1].params), 200)
         axis.plot(sizes, [law.loss(N, C / 6 / N) for N in sizes], "-", lw=1, color=color)
         axis.plot([best], [law.loss(best, tokens)], "*", ms=11, color=color, mec="black", mew=0.5, zorder=3)
     axis.plot([], [], "*", ms=9, color="white", mec="black", label="best by the law")
@@ -745,39 +703,22 @@ def _draw_isoflops(axis: Any, points: Sequence[Point], law: Law, colors: Any) ->
 
 def _draw_frontier(axis: Any, points: Sequence[Point], law: Law, colors: Any) -> None:
     axis.set(title="Loss by compute", xlabel="FLOP", ylabel="validation loss, nats per token")
-    spent = [6 * p.params * p.tokens for p in points]
     for new, mark, label in (True, "o", "at most one epoch"), (False, "x", "repeated tokens"):
-        some = [(C, p.loss) for C, p in zip(spent, points, strict=True) if is_new(p) is new]
-        if some:
+        if some := [(p.flops, p.loss) for p in points if p.is_new is new]:
             axis.plot(*zip(*some, strict=True), mark, ms=4, alpha=0.7, label=label)
-    line = _spaced(min(spent), 10 * max(spent))
+    least, most = min(p.flops for p in points), max(p.flops for p in points)
+    line = np.geomspace(least, 10 * most, 200)
     axis.plot(line, [law.loss(*law.optimum(C)) for C in line], "k--", lw=1, label="best by the law, tokens new")
-    axis.axvspan(max(spent), line[-1], color="gray", alpha=0.12, lw=0, label="extrapolated")
+    axis.axvspan(most, 10 * most, color="gray", alpha=0.12, lw=0, label="extrapolated")
 
 
 def _draw_errors(axis: Any, points: Sequence[Point], law: Law, colors: Any) -> None:
     axis.set(title="What the law misses", xlabel="parameters", ylabel="measured loss / the law's - 1, %")
-    errors = [100 * (p.loss / law.loss(p.params, p.tokens, p.unique) - 1) for p in points]
+    errors = [100 * (p.loss / law.loss(*p[:3]) - 1) for p in points]
     shade = [math.log10(p.tokens) for p in points]
     drawn = axis.scatter([p.params for p in points], errors, s=14, c=shade, cmap=colors)
     axis.axhline(0, color="black", lw=0.8)
     axis.figure.colorbar(drawn, ax=axis, label="log10 of tokens")
-
-
-def _draw_repeats(axis: Any, points: Sequence[Point], law: Law, colors: Any) -> None:
-    from matplotlib.ticker import FuncFormatter
-
-    axis.set(title="What repeated tokens are worth", xlabel="epochs", ylabel="epochs of new tokens", yscale="log")
-    most = max(p.tokens / p.unique for p in points)
-    line = _spaced(1, 4 * most)
-    axis.plot(line, line, ":", color="gray", label="as good as new")
-    laws = {"these runs": law, "muennighoff": LAWS["muennighoff"], "diffusion": LAWS["diffusion"]}
-    for name, style in zip(laws, ("-", "--", "-."), strict=True):
-        worth = [laws[name].worth(1, E, 1.0)[1] for E in line]
-        axis.plot(line, worth, style, label=f"{name}, $R_D^*$ = {laws[name].r_data:.3g}")
-    axis.axvspan(most, line[-1], color="gray", alpha=0.12, lw=0, label="extrapolated")
-    for side in axis.xaxis, axis.yaxis:  # 10, not 10^1
-        side.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 # ---- sweep -----------------------------------------------------------------------------------------------------------
@@ -824,8 +765,8 @@ def sweep(
     chinchilla: several sizes at equal compute, new tokens. data_value: one size and compute, 1 to 100 epochs of ever fewer
     unique tokens. learning_rate: one size and compute, a quarter to four times the rule's learning rate.
     """
-    if not flops or min(flops) <= 0:
-        raise ValueError(f"sweep needs --flops above 0 (6e18,1e19), got {flops}")
+    if not flops:
+        raise ValueError("sweep needs --flops (6e18,1e19)")
     if experiment != "chinchilla" and len(flops) > 1:
         raise ValueError(f"{experiment} takes one compute, got --flops={','.join(f'{C:g}' for C in flops)}")
     if sizes < 3:
@@ -835,49 +776,40 @@ def sweep(
     folder = Path(out_dir or f"sweeps/{experiment}")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another --out_dir or remove it")
-    grid: dict[str, Choice] = {}
+    runs: dict[str, Choice] = {}
     for C in flops:
-        best = Question({"flops": C}, None, None, seq_len, vocab_size, 1.0, "diffusion" if objective == "mdm" else None)
-        grid |= GRIDS[experiment](best, best.answer(objective), sizes)
+        runs |= grid(experiment, Question({"flops": C}, None, None, seq_len, vocab_size), objective, sizes)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, choice in grid.items():
-        choice = replace(choice, batch=batch_tokens)
-        write(
-            folder / f"{name}.toml",
-            toml(choice, source, folder / "runs" / name, f"{experiment}, {choice.flops:.3g} FLOP"),
-        )
+    for name, run in runs.items():
+        run, why = replace(run, batch=batch_tokens), f"{experiment}, {run.flops:.3g} FLOP"
+        metrics.write_text(folder / f"{name}.toml", toml(run, source, folder / "runs" / name, why))
     here = shlex.quote(str(folder))
     finish = f"python metrics.py {here}/runs/* -o {here}/runs.png"
     if experiment == "chinchilla":
         finish = f"python scaling_laws.py fit {here}/runs/* --output={here}/law.json --plot={here}/law.png"
-    title = f"{experiment}: {len(grid)} runs, {sum(c.flops for c in grid.values()):.3g} FLOP in all"
-    write(folder / "run.sh", SWEEP_SCRIPT.format(title=title, folder=here, last=len(grid) - 1, finish=finish))
+    title = f"{experiment}: {len(runs)} runs, {sum(run.flops for run in runs.values()):.3g} FLOP in all"
+    script = SWEEP_SCRIPT.format(title=title, folder=here, last=len(runs) - 1, finish=finish)
+    metrics.write_text(folder / "run.sh", script)
     os.chmod(folder / "run.sh", 0o755)
     print(f"{title}\nwrote      {folder}/*.toml and {folder}/run.sh")
 
 
-def _chinchilla(question: Question, best: Choice, sizes: int) -> dict[str, Choice]:
-    """Sizes around the best one, evenly spaced in log N, with the tokens that the compute buys."""
-    wanted = [best.shape.params * WIDTH ** (2 * i / max(1, sizes - 1) - 1) for i in range(sizes)]
-    near = lambda N: min(question.shapes, key=lambda name: abs(math.log(question.shapes[name].params / N)))
-    C = question.budget["flops"]
-    named = {f"c{C:.3g}_{near(N)}": question.shapes[near(N)] for N in wanted}
-    return {n: replace(best, name=n.split("_")[1], shape=s, tokens=question.tokens_for(s)) for n, s in named.items()}
-
-
-def _data_value(question: Question, best: Choice, sizes: int) -> dict[str, Choice]:
-    """The same tokens seen, of which ever fewer are different."""
-    return {
-        f"{best.name}_{epochs:03}epochs": replace(best, unique_tokens=int(best.tokens / epochs))
-        for epochs in DATA_VALUE_EPOCHS
-    }
-
-
-def _learning_rate(question: Question, best: Choice, sizes: int) -> dict[str, Choice]:
-    return {f"{best.name}_lr{best.lr * f:.1e}": replace(best, max_lr=best.lr * f) for f in LR_FACTORS}
-
-
-GRIDS = {"chinchilla": _chinchilla, "data_value": _data_value, "learning_rate": _learning_rate}
+def grid(experiment: str, question: Question, objective: Objective, sizes: int) -> dict[str, Choice]:
+    """{name: run} of one compute."""
+    best = question.answer(objective)
+    match experiment:
+        case "data_value":
+            unique = {E: int(best.tokens / E) for E in DATA_VALUE_EPOCHS}
+            return {f"{best.name}_{E:03}epochs": replace(best, unique_tokens=U) for E, U in unique.items()}
+        case "learning_rate":
+            rates = [best.lr * factor for factor in LR_FACTORS]
+            return {f"{best.name}_lr{rate:.1e}": replace(best, max_lr=rate) for rate in rates}
+    runs = {}
+    for params in best.shape.params * np.geomspace(1 / WIDTH, WIDTH, sizes):
+        name = question.nearest(params)
+        shape = question.shapes[name]
+        runs[f"c{best.flops:.3g}_{name}"] = replace(best, name=name, shape=shape, tokens=question.tokens_for(shape))
+    return runs
 
 
 # ---- cluster ---------------------------------------------------------------------------------------------------------
@@ -897,22 +829,20 @@ class Network:
     across: float
     node: int = 8  # GPUs of a node
 
-    def collect(self, size: float, gpus: int, calls: int, inside: int | None = None) -> tuple[float, float]:
+    def collect(self, size: float, gpus: int, calls: int, local: int) -> tuple[float, float]:
         """(bytes a GPU sends, seconds) of an all-gather or reduce-scatter of `size` bytes over `gpus`, in `calls` parts.
 
-        Within each node, then between the nodes through all their cards at once. inside: how many of the GPUs share a node.
+        Within each node, where `local` of them are, then between the nodes through all their cards at once.
         """
-        inside = min(gpus, self.node) if inside is None else inside
-        nodes = gpus // inside
-        within, between = size * (inside - 1) / inside, size * (nodes - 1) / nodes / inside
+        nodes = gpus // local
+        within, between = size * (local - 1) / local, size * (nodes - 1) / nodes / local
         waits = calls * (CALL_S + (gpus - nodes) * RING_S + (nodes - 1) * HOP_S) if gpus > 1 else 0.0
         return within + between, within / self.inside + between / self.across + waits
 
-    def reduce(self, size: float, gpus: int, calls: int, inside: int | None = None) -> tuple[float, float]:
+    def reduce(self, size: float, gpus: int, calls: int, local: int) -> tuple[float, float]:
         """The same of an all-reduce: twice the bytes, but trees, whose depth grows with the logarithm of the nodes."""
-        inside = min(gpus, self.node) if inside is None else inside
-        sent, seconds = self.collect(size, gpus, 0, inside)
-        depth = (inside - 1) * TREE_S + math.log2(gpus / inside) * HOP_S
+        sent, seconds = self.collect(size, gpus, 0, local)
+        depth = (local - 1) * TREE_S + math.log2(gpus / local) * HOP_S
         return 2 * sent, 2 * seconds + (calls * (CALL_S + 2 * depth) if gpus > 1 else 0.0)
 
 
@@ -925,25 +855,17 @@ def step_cost(strategy: str, shape: Shape, gpus: int, tokens: int, network: Netw
     tp: each layer split over a node with sequence parallelism (arXiv:2205.05198: 8 gathers or scatters of the node's
     activations per layer), ddp across nodes.
     """
-    N, shards = shape.params, {"ddp": 1, "fsdp": gpus}.get(strategy, min(gpus, network.node))
-    copies, layers, share = gpus // shards, shape.n_layers + 1, 4 * N / shards  # + 1: tables and last norm
-    if strategy == "ddp":
-        gathered, parts = 2 * N, [network.reduce(share, gpus, math.ceil(share / BUCKET))]
-    elif strategy == "tp":
-        gathered, parts = 2 * N / shards, [network.reduce(share, copies, math.ceil(share / BUCKET), inside=1)]
-        parts += 8 * shape.n_layers * [network.collect(2 * tokens * shards * shape.dim, shards, 1)]
-    else:
-        gathered = 2 * (2 * shape.block_params + shape.table_params)  # this layer, the next, the tables
-        parts = [network.collect(size, shards, layers) for size in (2 * N, 2 * N, 4 * N)]
-        parts += [network.reduce(share, copies, layers, inside=1)]
+    N, local, layers = shape.params, min(gpus, network.node), shape.n_layers + 1  # + 1: tables and last norm
+    shards = {"ddp": 1, "fsdp": gpus}.get(strategy, local)
+    gathered, share, parts = 2 * N / shards, 4 * N / shards, []
+    calls = math.ceil(share / BUCKET)
+    if strategy == "tp":
+        parts = 8 * shape.n_layers * [network.collect(2 * tokens * shards * shape.dim, shards, 1, local)]
+    elif strategy != "ddp":
+        gathered, calls = 2 * (2 * shape.block_params + shape.table_params), layers  # this layer, the next, the tables
+        parts = [network.collect(size, shards, layers, local) for size in (2 * N, 2 * N, 4 * N)]
+    parts.append(network.reduce(share, gpus // shards, calls, max(1, local // shards)))
     return 16 * N / shards + gathered, sum(sent for sent, _ in parts), sum(seconds for _, seconds in parts)
-
-
-def activation_bytes(shape: Shape, tokens: int) -> float:
-    """Kept for the backward pass of so many tokens by the compiled model, without recomputation."""
-    heads = shape.n_heads * shape.head_dim
-    layer = metrics.activation_bytes(shape.dim, heads, heads, shape.ffn_dim)
-    return tokens * (shape.n_layers * layer + metrics.LOGITS_BYTES * shape.vocab_size)
 
 
 CLUSTER_SHAPES = {  # the default model, configs/dclm_1b.toml, configs/dclm_7b.toml
@@ -968,38 +890,27 @@ def cluster(
     A model, not a measurement: bytes / bandwidth plus NCCL's latencies, nothing overlapped. Up to 100%, overlap can hide it.
     """
     counts = gpus or [8, 64, 1024]
-    network = Network(nvlink_gb_per_s * 1e9, network_gb_per_s * 1e9)
-    peak = metrics.peak_flops(gpu)
-    if peak is None:
-        raise ValueError(f"unknown gpu {gpu!r}; known are {', '.join(metrics.PEAK_FLOPS)}")
+    peak, network = peak_of(gpu), Network(nvlink_gb_per_s * 1e9, network_gb_per_s * 1e9)
     if bad := [n for n in counts if n < 1 or (n > network.node and n % network.node)]:
         raise ValueError(f"gpus must be up to {network.node} or a multiple of it (a full node), got {bad[0]}")
-    for name, value in {
-        "mfu": mfu,
-        "nvlink_gb_per_s": nvlink_gb_per_s,
-        "network_gb_per_s": network_gb_per_s,
-        "tokens": tokens,
-    }.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+    positive(mfu=mfu, nvlink_gb_per_s=nvlink_gb_per_s, network_gb_per_s=network_gb_per_s, tokens=tokens)
     print(
         f"{tokens:,} tokens per GPU and step, {gpu} at {mfu:.0%} MFU, {nvlink_gb_per_s:g} GB/s within and {network_gb_per_s:g} GB/s "
         f"between nodes of {network.node}\nGB per GPU: state is weights, gradients, AdamW; more than {memory_gb:g} in all "
         f"does not fit (*)\n\n{'model':6}{'GPUs':>6}{'batch':>12}  {'':6}{'state':>8}{'activ.':>8}{'in all':>9}"
         f"{'sent GB':>10}{'comm. ms':>10}{'compute ms':>12}{'ratio':>8}"
     )
-    for name, shape in CLUSTER_SHAPES.items():
-        compute = tokens * shape.flops_per_token(seq_len) / peak / mfu
-        activations = activation_bytes(shape, tokens)
-        for n in counts:
-            for strategy in ("ddp", "fsdp", "hsdp", "tp"):
-                state, sent, seconds = step_cost(strategy, shape, n, tokens, network)
-                in_all = (state + activations) / 1e9
-                print(
-                    f"{name:6}{n:>6}{n * tokens:>12,}  {strategy:6}{state / 1e9:>8.1f}{activations / 1e9:>8.1f}"
-                    f"{in_all:>8.1f}{'*' if in_all > memory_gb else ' '}{sent / 1e9:>10.2f}{1e3 * seconds:>10.1f}"
-                    f"{1e3 * compute:>12.1f}{seconds / compute:>8.0%}"
-                )
+    for (name, shape), n, strategy in itertools.product(CLUSTER_SHAPES.items(), counts, ("ddp", "fsdp", "hsdp", "tp")):
+        heads = shape.n_heads * shape.head_dim
+        kept = shape.n_layers * metrics.activation_bytes(shape.dim, heads, heads, shape.ffn_dim)
+        activations = tokens * (kept + metrics.LOGITS_BYTES * shape.vocab_size)
+        state, sent, seconds = step_cost(strategy, shape, n, tokens, network)
+        compute, in_all = tokens * shape.flops_per_token(seq_len) / peak / mfu, (state + activations) / 1e9
+        print(
+            f"{name:6}{n:>6}{n * tokens:>12,}  {strategy:6}{state / 1e9:>8.1f}{activations / 1e9:>8.1f}"
+            f"{in_all:>8.1f}{'*' if in_all > memory_gb else ' '}{sent / 1e9:>10.2f}{1e3 * seconds:>10.1f}"
+            f"{1e3 * compute:>12.1f}{seconds / compute:>8.0%}"
+        )
 
 
 COMMANDS = (plan, fit, sweep, cluster, shapes)
