@@ -260,25 +260,17 @@ def log_likelihood(
         weight = torch.from_numpy(weights[start : start + rows]).to(device)
         noisy = text.repeat(len(which), 1)
         noisy[:, C:].masked_fill_(which, mask_id(model))
-        scored = weight.nonzero()  # [U, 2]: row, token
-        for (b, token), logits in guided_logits(
-            model, noisy, C, scored + torch.tensor([0, C], device=device), guidance
-        ):
-            logits = logits.float().log_softmax(-1)  # [u, V]
-            chosen = logits.gather(-1, answers[token - C, None])[:, 0]
-            values.index_add_(0, token - C, chosen * weight[b, token - C])
+        at = weight.nonzero() + torch.tensor([0, C], device=device)  # [U, 2]: row, place of what counts
+        for (b, place), logits in guided_logits(model, noisy, C, at, guidance):
+            logits, token = logits.float().log_softmax(-1), place - C  # [u, V], [u]
+            chosen = logits.gather(-1, answers[token, None])[:, 0]
+            values.index_add_(0, token, chosen * weight[b, token])
             hits += (chosen >= logits.amax(-1)).sum()
     return values, likelihood == "chain" and int(hits) == len(ending)
 
 
 def passes(
-    context: int,
-    ending: int,
-    likelihood: Likelihood = "chain",
-    *,
-    num_mc: int = 32,
-    batch_tokens: int = 2048,
-    guidance=0.0,
+    context: int, ending: int, likelihood: Likelihood = "chain", *, num_mc=32, batch_tokens=2048, guidance=0.0
 ) -> int:
     """Forward passes that `log_likelihood` makes for a context and an ending of so many tokens."""
     ways, rows = ending if likelihood == "chain" else num_mc, max(1, batch_tokens // (context + ending))
@@ -339,20 +331,18 @@ def fill(
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
     text = torch.tensor(prompt + [mask_id(model)] * n_tokens, device=device)
     size = min(block_length or n_tokens, n_tokens)
-    starts = range(C, C + n_tokens, size)
+    starts = range(C, len(text), size)
     left = max(len(starts), min(steps or n_tokens, n_tokens))  # steps, of all blocks to come
-    for number, start in enumerate(starts):
-        tokens_left, blocks_after = C + n_tokens - start, len(starts) - number - 1
+    for blocks_after, start in zip(reversed(range(len(starts))), starts):
+        tokens_left = len(text) - start
         width = min(size, tokens_left)
         share = min(-(-left * width // tokens_left), left - blocks_after)  # of the steps, as of the tokens
         left -= share
         for remaining in range(share, 0, -1):
             masked = start + (text[start : start + width] == mask_id(model)).nonzero()[:, 0]  # [U]
             at = torch.stack([torch.zeros_like(masked), masked], dim=1)
-            logits = torch.cat(
-                [part for _, part in guided_logits(model, text[None], C, at, guidance)]
-            ).float()  # [U, V]
-            tokens = sample(logits, generator=generator, **sampling)  # [U]
+            logits = torch.cat([part.float() for _, part in guided_logits(model, text[None], C, at, guidance)])
+            tokens = sample(logits, generator=generator, **sampling)  # [U] of [U, V]
             kept = confidence(logits, tokens, remasking, generator).topk(-(-len(masked) // remaining)).indices
             text[masked[kept]] = tokens[kept]
             yield text[C:].tolist()
