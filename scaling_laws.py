@@ -177,7 +177,7 @@ MDM_OPTIMA = {1e19: "117M", 3e19: "217M", 1e20: "425M"}
 EXPONENT = 0.3526596
 MDM_BALANCE = math.prod(SHAPES[name].params / math.sqrt(C / 6) for C, name in MDM_OPTIMA.items()) ** (1 / 3)
 MDM_A = MDM_BALANCE ** (2 * EXPONENT)
-E, A, B = map(math.exp, (0.6254804, 6.255414, 7.3049974))  # Muennighoff's
+E, A, B = map(math.exp, (0.6254804, 6.255414, 7.3049974))  # published as logarithms
 LAWS = {
     "hoffmann": Law(1.69, 406.4, 410.7, 0.34, 0.28, source="arXiv:2203.15556, approach 3"),
     "epoch": Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658, source="arXiv:2404.10102, refit of the same runs"),
@@ -313,10 +313,10 @@ class Question:
     """What a plan is asked for. `budget` has exactly one entry."""
 
     budget: Mapping[str, float]
-    unique_tokens: int | None
-    preset: str | None
-    seq_len: int
-    vocab_size: int
+    unique_tokens: int | None = None
+    preset: str | None = None
+    seq_len: int = 2048
+    vocab_size: int = GPT2_VOCAB
     flops_per_gpu_hour: float = 0.0
     law: str | None = None
 
@@ -771,17 +771,19 @@ def sweep(
         raise ValueError(f"{experiment} takes one compute, got --flops={','.join(f'{C:g}' for C in flops)}")
     if sizes < 3:
         raise ValueError(f"sizes must be at least 3 for a curve with a lowest point, got {sizes}")
-    if batch_tokens is not None and (batch_tokens < 1 or batch_tokens % seq_len):
+    positive(seq_len=seq_len, batch_tokens=batch_tokens)
+    if batch_tokens and batch_tokens % seq_len:
         raise ValueError(f"batch_tokens ({batch_tokens}) must be a multiple of seq_len ({seq_len})")
     folder = Path(out_dir or f"sweeps/{experiment}")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another --out_dir or remove it")
     runs: dict[str, Choice] = {}
     for C in flops:
-        runs |= grid(experiment, Question({"flops": C}, None, None, seq_len, vocab_size), objective, sizes)
+        question = Question({"flops": C}, seq_len=seq_len, vocab_size=vocab_size)
+        runs |= grid(experiment, question, replace(question.answer(objective), batch=batch_tokens), sizes)
     folder.mkdir(parents=True, exist_ok=True)
     for name, run in runs.items():
-        run, why = replace(run, batch=batch_tokens), f"{experiment}, {run.flops:.3g} FLOP"
+        why = f"{experiment}, {run.flops:.3g} FLOP"
         metrics.write_text(folder / f"{name}.toml", toml(run, source, folder / "runs" / name, why))
     here = shlex.quote(str(folder))
     finish = f"python metrics.py {here}/runs/* -o {here}/runs.png"
@@ -794,9 +796,8 @@ def sweep(
     print(f"{title}\nwrote      {folder}/*.toml and {folder}/run.sh")
 
 
-def grid(experiment: str, question: Question, objective: Objective, sizes: int) -> dict[str, Choice]:
-    """{name: run} of one compute."""
-    best = question.answer(objective)
+def grid(experiment: str, question: Question, best: Choice, sizes: int) -> dict[str, Choice]:
+    """{name: run} of one compute, around the best one."""
     match experiment:
         case "data_value":
             unique = {E: int(best.tokens / E) for E in DATA_VALUE_EPOCHS}
