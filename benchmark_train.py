@@ -149,6 +149,8 @@ def our_step(
     dist = training.Dist(device=torch.device(device))
     model = training.Transformer(cfg.model).to(device)
     training.compile_model(model, cfg, dist)
+    if device == "cpu":
+        training.keep_memory()
     optimizer, guard = training.build_optimizer(model, cfg.optim), training.safety.Guard(dist.device)
     loader: Any = types.SimpleNamespace(next=lambda: next(batches), numbers=lambda: range(0), weight=1.0)
 

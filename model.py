@@ -28,7 +28,8 @@ INIT_STD = 0.02
 VOCAB_MULTIPLE = 128  # matmuls with 50304 columns are faster than with 50257; modded-nanogpt and nanochat do the same
 IGNORED = -100  # a target that carries no loss
 FEW = 16  # tokens after what a cache holds that attend one by one
-LOSS_CHUNK = 2**24  # logits that exist at once in an eager loss: 64 MB; larger chunks were no faster
+LOSS_CHUNK = 2**26  # logits that exist at once in `linear_cross_entropy`: 128 MB in bf16
+LOSS_BLOCK = 2**21  # of them in fp32, on a CPU: 8 MB, which its caches hold
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Llama 3's names
 # For prompts: cuDNN, the default of new GPUs, plans each new length anew, 23-37 ms on the host.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -306,10 +307,17 @@ class Transformer(nn.Module):
         if reduction == "mean":
             weights = weights / (counted.sum() if loss_weights is None else counted.numel())
         table, size = self.embed_tokens if self.lm_head is None else self.lm_head, self.config.vocab_size
-        if reduction != "none" and isinstance(table, nn.Embedding | nn.Linear) and not torch.compiler.is_compiling():
-            # eager: a chunk of the logits at a time
-            return LinearCrossEntropy.apply(hidden.flatten(0, -2), table.weight, targets.flatten(), weights.flatten(), size, z_loss)  # fmt: skip
-        logits = self.head(hidden).float().flatten(0, -2)  # [B*T, V]; one fused kernel when compiled
+        if (
+            reduction != "none"
+            and isinstance(table, nn.Embedding | nn.Linear)
+            and not compiler_fuses(hidden.device.type)
+        ):
+            kind = hidden.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else table.weight.dtype
+            rows, words = hidden.flatten(0, -2).to(dtype), targets.flatten().clamp(min=0)
+            learns = torch.is_grad_enabled()
+            return linear_cross_entropy(rows, table.weight, words, weights.flatten(), size, z_loss, learns)[0]
+        logits = self.head(hidden).float().flatten(0, -2)  # [B*T, V]
         losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
         if z_loss:
             z = z_loss * logits.logsumexp(-1).view_as(targets).square()
@@ -333,51 +341,66 @@ class Transformer(nn.Module):
         return 6 * (self.num_params() - lookup_only) + attention
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+def compiler_fuses(device: str) -> bool:
+    """On a GPU the compiler makes one kernel of logits and cross entropy; its kernel for CPUs is slower than ours."""
+    return torch.compiler.is_compiling() and device == "cuda"
+
+
+@torch.library.custom_op("nano416::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    hidden: Tensor, table: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, z_loss: float, learns: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Head and cross entropy in one, over chunks of rows: neither logits nor their gradient ever exist as a whole.
 
-    The gradients are made in the forward pass, while a chunk's probabilities are at hand; the backward pass scales them.
+    hidden [R, D], table [V, D], targets [R], weights [R] -> the sum over rows of weight x cross entropy, and if it `learns`
+    the gradients of hidden and table, made while a chunk's probabilities are at hand. To the compiler it is one operator.
     """
-
-    @staticmethod
-    def forward(
-        ctx, hidden: Tensor, table: Tensor, targets: Tensor, row_weights: Tensor, vocab_size: int, z_loss: float
-    ):
-        """Sum over rows of row_weights [R] x cross entropy, from hidden [R, D], table [V, D], targets [R]."""
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
-        hidden, words = hidden.to(dtype), table.to(dtype)
-        learns = any(ctx.needs_input_grad)
-        hidden_grad = torch.empty_like(hidden) if learns else None
-        table_grad = torch.zeros_like(table, dtype=torch.float32) if learns else None
-        share = torch.empty_like(words) if learns else words.new_empty(0)
-        rows = min(len(hidden), max(64, 2 ** int(math.log2(LOSS_CHUNK / len(table)))))
-        narrow = torch.empty(rows, len(table), dtype=dtype, device=hidden.device)  # both reused: new pages cost time
-        wide, wide_share = narrow.float(), share.float()  # in fp32 the same tensors
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), rows):
-            some, index = hidden[start : start + rows], targets[start : start + rows, None].clamp(min=0)
-            logits, probabilities = narrow[: len(some)], wide[: len(some)]
-            probabilities.copy_(torch.mm(some, words.T, out=logits))
+    words, on_cpu = table.to(hidden.dtype), hidden.device.type == "cpu"
+    hidden_grad = torch.empty_like(hidden if learns else hidden[:0])
+    table_grad = torch.empty_like(table if learns else table[:0], dtype=torch.float32)
+    share = torch.empty_like(words if learns else words[:0])
+    rows = min(len(hidden), max(64, LOSS_CHUNK // len(table)))
+    block = min(rows, max(8, LOSS_BLOCK // len(table))) if on_cpu else rows
+    chunk = hidden.new_empty(rows, len(table))  # reused, as `wide` is: new pages cost time
+    wide = chunk.new_empty(block, len(table), dtype=torch.float32)
+    loss = torch.zeros((), device=hidden.device)
+    for start in range(0, len(hidden), rows):
+        some = hidden[start : start + rows]
+        logits = torch.mm(some, words.T, out=chunk[: len(some)])
+        for first in range(0, len(some), block):  # in the processor's caches
+            narrow, at = logits[first : first + block], slice(start + first, min(start + first + block, start + rows))
+            probabilities, index, weight = wide[: len(narrow)].copy_(narrow), targets[at, None], weights[at, None]
             probabilities[:, vocab_size:] = -math.inf
             target_logits, peaks = probabilities.gather(1, index), probabilities.amax(1, keepdim=True)
             torch.softmax(probabilities, 1, out=probabilities)
             logsumexp = peaks - probabilities.amax(1, keepdim=True).log()  # the likeliest one has e^0 / sum
-            weights = row_weights[start : start + rows, None].float()
-            loss += ((logsumexp - target_logits) * weights).sum()
-            if hidden_grad is not None and table_grad is not None:
-                probabilities.mul_(weights * (1 + 2 * z_loss * logsumexp)).scatter_add_(1, index, -weights)
-                grad = logits.copy_(probabilities)
-                torch.mm(grad, words, out=hidden_grad[start : start + rows])
-                table_grad += wide_share.copy_(torch.mm(grad.T, some, out=share))
-        ctx.save_for_backward(hidden_grad, table_grad)
-        return loss
+            loss += ((logsumexp - target_logits) * weight).sum()
+            if learns:
+                probabilities.mul_(weight * (1 + 2 * z_loss * logsumexp)).scatter_add_(1, index, -weight)
+                narrow.copy_(probabilities)
+        if learns:
+            torch.mm(logits, words, out=hidden_grad[start : start + rows])
+            torch.mm(logits.T, some, out=share)
+            table_grad.add_(share) if start else table_grad.copy_(share)
+    return loss, hidden_grad, table_grad
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: Tensor):  # type: ignore[override]
-        hidden_grad, table_grad = ctx.saved_tensors
-        return hidden_grad * grad_loss, table_grad.mul_(grad_loss), None, None, None, None
+
+@linear_cross_entropy.register_fake
+def _(hidden, table, targets, weights, vocab_size, z_loss, learns):
+    given = (hidden, table) if learns else (hidden[:0], table[:0])
+    return hidden.new_empty((), dtype=torch.float32), torch.empty_like(given[0]), given[1].float().contiguous()
+
+
+def _keep_gradients(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx, grad_loss: Tensor, *_):
+    hidden_grad, table_grad = ctx.saved_tensors
+    return hidden_grad * grad_loss, table_grad.mul_(grad_loss), None, None, None, None, None
+
+
+linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
 class KVCache:

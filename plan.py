@@ -198,7 +198,8 @@ def expected_memory_gb(plan: Plan, cfg: Config, dist: Dist) -> float:
         cfg.train.activation_memory_budget if compiled else 1.5
     )
     layer = 4 * shape.dim if cfg.train.recompute == "full" else layer
-    head = metrics.LOGITS_BYTES * shape.vocab_size if compiled else 0  # eagerly a chunk of the logits exists at a time
+    fused = compiled and dist.device.type == "cuda"  # otherwise a chunk of the logits exists at a time
+    head = metrics.LOGITS_BYTES * shape.vocab_size if fused else 0
     per_token = (shape.n_layers * layer + head) * (1 if uses_bf16(cfg, dist.device) else 1.7)
     libraries = 0.4e9 if dist.device.type == "cpu" else 0  # of the process, before anything is built
     return (libraries + (8 + 2 + state) * plan.params / dist.parts + per_token * plan.batch_size * shape.seq_len) / 1e9

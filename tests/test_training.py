@@ -396,12 +396,14 @@ def config_of(run_dir: Path) -> training.Config:
     return parse_config(training.Config, [str(run_dir / "config.json")])
 
 
-def test_the_expected_memory_is_what_the_compiled_model_keeps():
-    """Bytes saved for the backward pass, counted, beside the plan's formula."""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_expected_memory_is_what_the_compiled_model_keeps(device, monkeypatch):
+    """Bytes saved for the backward pass, counted, beside the plan's formula; on a GPU the logits are among them."""
     cfg = parse_config(training.Config, [*TINY, "--vocab_size=1024", "--dim=64", "--dtype=bf16", "--compile"])
+    monkeypatch.setattr("model.compiler_fuses", lambda _: device == "cuda")
     small, large = (kept_bytes(cfg, batch) for batch in (2, 6))
-    plan = training.make_plan(cfg, 1)
-    planned = [1e9 * training.expected_memory_gb(replace(plan, batch_size=b), cfg, training.Dist()) for b in (2, 6)]
+    plan, dist = training.make_plan(cfg, 1), training.Dist(device=torch.device(device))
+    planned = [1e9 * training.expected_memory_gb(replace(plan, batch_size=b), cfg, dist) for b in (2, 6)]
     assert large - small == pytest.approx(planned[1] - planned[0], rel=0.5)
 
 
