@@ -17,7 +17,6 @@ import contextlib
 import copy
 import functools
 import gzip
-import importlib.util
 import io
 import itertools
 import json
@@ -41,6 +40,7 @@ from shards import TokenLoader, load_tokenizer
 
 TEXTBOOKS = Path(__file__).resolve().parent.parent / "shared" / "data" / "textbooks"
 ITEMS = TEXTBOOKS.parent / "hellaswag_val_2000.jsonl"
+NUMPY, SEED = "tiktoken to numpy, 1 core", "the seed's way"
 
 
 def best(rounds: int, work: Callable[[], Any]) -> float:
@@ -53,7 +53,15 @@ def best(rounds: int, work: Callable[[], Any]) -> float:
     return min(times)
 
 
-NUMPY, SEED = "tiktoken to numpy, 1 core", "the seed's way"
+def in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, Any]]]:
+    """{way: (seconds, result) of each round}. In a round all take their turn, so that a busy minute hits them alike."""
+    found: dict[str, list[tuple[float, Any]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            result = way()
+            found[name].append((time.perf_counter() - started, result))
+    return found
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -73,7 +81,6 @@ def data_benchmark(source: str, repeat: int, rounds: int, folder: Path) -> dict[
     some = documents[: len(documents) // repeat]  # in-memory text, to arrays; one copy of it shows their rate
     load_tokenizer("gpt2")
     measure(NUMPY, lambda: _numpy_way(some), 1 / repeat)
-    measure("nanoGPT's way", lambda: _nanogpt_way(some, folder), 1 / repeat)
     measure(SEED, lambda: _seed_way(some, folder), 1 / repeat)
     measure("build-nanogpt's way", lambda: _build_nanogpt_way(some), 1 / repeat)
     for name, fast in ("tiktoken", False), ("fast encoder", True):
@@ -119,30 +126,6 @@ def _peak_gb(files: str, folder: Path, fast: bool) -> float:
 def _numpy_way(documents: Iterable[str]) -> None:
     tokenizer = load_tokenizer("gpt2")
     np.concatenate([tokenizer.encode_array(text) for text in documents]).astype(np.uint16)
-
-
-def _nanogpt_way(documents: list[str], folder: Path) -> None:
-    """datasets.map, one document at a time, then a memory map filled in 1,024 batches."""
-    import tiktoken
-    from datasets import Dataset
-
-    encoding = tiktoken.get_encoding("gpt2")
-
-    def process(example: dict[str, Any]) -> dict[str, Any]:
-        ids = encoding.encode_ordinary(example["text"])
-        ids.append(encoding.eot_token)
-        return {"ids": ids, "len": len(ids)}
-
-    dataset = Dataset.from_dict({"text": documents})
-    tokenized = dataset.map(process, remove_columns=["text"], num_proc=_cores())
-    total = int(np.sum(tokenized["len"], dtype=np.uint64))
-    array, at = np.memmap(folder / "nanogpt.bin", dtype=np.uint16, mode="w+", shape=(total,)), 0
-    for index in range(min(1024, len(tokenized))):
-        shard = tokenized.shard(min(1024, len(tokenized)), index, contiguous=True).with_format("numpy")
-        ids = np.concatenate(shard["ids"])
-        array[at : at + len(ids)] = ids
-        at += len(ids)
-    array.flush()
 
 
 def _seed_way(documents: list[str], folder: Path) -> None:
@@ -197,10 +180,7 @@ def _loader_rates(shards: Path, rounds: int) -> dict[str, float]:
                 torch.stack([torch.from_numpy(tokens[i + shift : i + shift + 1024].astype(np.int64)) for i in starts])
 
     theirs = 100 / best(rounds, crops)
-    print(
-        f"  {'TokenLoader, batches of 40 x 1024':44} {ours:8.0f} /s = {ours * 40 * 1024 / 1e6:.0f}M tokens/s",
-        flush=True,
-    )
+    print(f"  {'TokenLoader, batches of 40 x 1024':44} {ours:8.0f} /s = {ours * 40 * 1024 / 1e6:.0f}M tokens/s")
     print(f"  {'nanoGPT random crops':44} {theirs:8.0f} /s", flush=True)
     return {"loader_batches_per_s": ours, "nanogpt_batches_per_s": theirs}
 
@@ -217,7 +197,7 @@ def _decontamination_rate(shards: Path, folder: Path, documents: list[str]) -> f
     return rate
 
 
-def report(rates: dict[str, float]) -> str:
+def data_report(rates: dict[str, float]) -> str:
     """The ratios that the project promises, and what they mean for 10B tokens (45 GB of text)."""
     slow, fast = (rates[f"prepare, {name}, .jsonl.gz to verified shards"] for name in ("tiktoken", "fast encoder"))
     cores, search = rates["cores"], rates["decontaminate_tokens_per_s"]
@@ -256,13 +236,11 @@ def checkpoint_benchmark(rounds: int, folder: Path) -> dict[str, float]:
     def ours() -> None:
         writer.save(step=1, model=model, optimizer=optimizer, permanent=True)
 
-    times: dict[str, list[float]] = {"plain": [], "blocked": [], "written": []}
-    for _ in range(rounds + 1):
-        times["plain"].append(best(1, plain))
-        times["blocked"].append(best(1, ours))
-        times["written"].append(times["blocked"][-1] + best(1, writer.wait))
-    rates = {f"{name}_s": statistics.median(values[1:]) for name, values in times.items()}  # the first fills buffers
-    rates["first_blocked_s"] = times["blocked"][0]
+    turns = in_turns({"plain": plain, "blocked": ours, "waited": writer.wait}, rounds + 1)
+    plain_s, blocked_s, waited_s = (np.array([seconds for seconds, _ in turn]) for turn in turns.values())
+    times = {"plain_s": plain_s, "blocked_s": blocked_s, "written_s": blocked_s + waited_s}
+    rates = {name: float(np.median(values[1:])) for name, values in times.items()}  # the first fills buffers
+    rates["first_blocked_s"] = float(blocked_s[0])
     return {"state_gb": (folder / "plain.pt").stat().st_size / 1e9, **rates}
 
 
@@ -303,26 +281,20 @@ def hellaswag_benchmark(data: str, n_items: int, rounds: int, peers: str | None,
         ways |= _harness_ways(model, tokenizer, items, folder)
     for name, way in _functions_of(peers).items():
         ways[name] = functools.partial(way, model, tokenizer, items)
-    return {"items": len(items), "threads": torch.get_num_threads(), "ways": _timed(ways, len(items), rounds)}
+    return {"items": len(items), "threads": torch.get_num_threads(), "ways": _scored(ways, len(items), rounds)}
 
 
-def _timed(ways: dict[str, Callable[[], list[float]]], n: int, rounds: int) -> dict[str, dict[str, Any]]:
+def _scored(ways: dict[str, Callable[[], list[float]]], n: int, rounds: int) -> dict[str, dict[str, Any]]:
     """{way: seconds per item of each round, their median, largest difference of a log-likelihood from the first way's}."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    sums: dict[str, list[float]] = {}
-    for _ in range(rounds + 1):  # the first is to warm up
-        for name, way in ways.items():
-            started = time.perf_counter()
-            sums[name] = way()
-            seconds[name].append((time.perf_counter() - started) / n)
-    first = np.array(next(iter(sums.values())))
+    turns = {name: turn[1:] for name, turn in in_turns(ways, rounds + 1).items()}  # the first is to warm up
+    first = np.array(next(iter(turns.values()))[-1][1])
     return {
         name: {
-            "seconds_per_item": statistics.median(values[1:]),
-            "rounds": values[1:],
-            "largest_difference": float(np.abs(np.array(sums[name]) - first).max()),
+            "seconds_per_item": statistics.median(seconds / n for seconds, _ in turn),
+            "rounds": [seconds / n for seconds, _ in turn],
+            "largest_difference": float(np.abs(np.array(turn[-1][1]) - first).max()),
         }
-        for name, values in seconds.items()
+        for name, turn in turns.items()
     }
 
 
@@ -385,30 +357,25 @@ def _harness_ways(model: Any, tokenizer: Any, items: list[Any], folder: Path) ->
         with contextlib.redirect_stderr(io.StringIO()):
             return [float(answer[0]) for answer in lm.loglikelihood(requests, disable_tqdm=True)]
 
-    settings: Any = {
-        f"lm_eval HFLM, {dtype}, batch {size}": {
-            "batch_size": size,
-            "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
-        }
-        for dtype, size in (("fp32", 8), ("fp32", 1), ("bf16", 8))
-    }
-    return {
-        name: functools.partial(score, harness.HFLM(pretrained=str(folder / "llama"), device="cpu", **options))
-        for name, options in settings.items()
-    }
+    def way(dtype: str, batch_size: int) -> Callable[[], list[float]]:
+        lm = harness.HFLM(pretrained=str(folder / "llama"), device="cpu", dtype=dtype, batch_size=batch_size)
+        return functools.partial(score, lm)
+
+    settings = (("fp32", "float32", 8), ("fp32", "float32", 1), ("bf16", "bfloat16", 8))
+    return {f"lm_eval HFLM, {name}, batch {size}": way(dtype, size) for name, dtype, size in settings}
 
 
 def _functions_of(file: str | None) -> dict[str, Callable[..., list[float]]]:
     """The public functions of a Python file, each (model, tokenizer, items) -> log-likelihoods; {} without a file."""
     if file is None:
         return {}
-    spec = importlib.util.spec_from_file_location("peers", file)
-    if spec is None or spec.loader is None or not Path(file).is_file():
+    if not Path(file).is_file():
         raise ValueError(f"--peers={file} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    own: list[Any] = [f for f in vars(module).values() if callable(f) and getattr(f, "__module__", None) == "peers"]
-    return {f.__name__: f for f in own if not f.__name__.startswith("_")}
+    from benchmark_train import load
+
+    module = load(Path(file))
+    own: list[Any] = [f for f in vars(module).values() if getattr(f, "__module__", None) == module.__name__]
+    return {f.__name__: f for f in own if not f.__name__.startswith("_")}  # what it imports is left out
 
 
 def hellaswag_report(rates: dict[str, Any]) -> str:
@@ -427,8 +394,6 @@ def hellaswag_report(rates: dict[str, Any]) -> str:
 
 # ---- decode ----------------------------------------------------------------------------------------------------------
 
-SHAPE_124M: dict[str, Any] = {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 2048, "vocab_size": 50257}
-
 
 def decode_benchmark(rounds: int, n_tokens: int, device: str, peers: str | None = None, **shape: Any) -> dict[str, Any]:
     """New tokens per second, prompt of 32 included, of each way to decode the same random weights, one round after the other."""
@@ -440,51 +405,56 @@ def decode_benchmark(rounds: int, n_tokens: int, device: str, peers: str | None 
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**{"vocab_size": 50257, "qk_norm": False, **shape})).to(device).eval()
     prompt = torch.randint(0, 50257, (32,), generator=torch.Generator().manual_seed(0)).tolist()
+    ways = _our_ways_to_decode(model, prompt) | _their_ways_to_decode(model, prompt, peers)
+    for way in ways.values():  # warm up
+        way(8)
+    timed = {name: functools.partial(way, n_tokens) for name, way in ways.items()}
+    turns = in_turns({**timed, "memory": lambda: inference.bandwidth(model.norm.weight.device)}, rounds)
+    memory = max(bytes_per_s for _, bytes_per_s in turns.pop("memory"))
+    found = {}
+    for name, turn in turns.items():
+        rates = [len(made) / seconds for seconds, made in turn]
+        reads = inference.bytes_per_token(model, name.rpartition(", ")[2])
+        speed = statistics.median(rates)
+        found[name] = {"tokens_per_s": speed, "rounds": rates, "gb_per_s": speed * reads / 1e9}
+    facts = {"parameters": model.num_params(), "new_tokens": n_tokens, "threads": torch.get_num_threads()}
+    return {**facts, "device": device, "memory_gb_per_s": memory / 1e9, "ways": found}
+
+
+def _our_ways_to_decode(model: Any, prompt: list[int]) -> dict[str, Callable[[int], list[int]]]:
+    """{"what, dtype": way}. Random weights soon go round in circles, the text that repeats itself; drawn they never do."""
+    import inference
+
     ways: dict[str, Callable[[int], list[int]]] = {}
-    reads: dict[str, int] = {}
-
-    def add(name: str, dtype: str, way: Callable[[int], list[int]], network: Any = model) -> None:
-        ways[f"{name}, {dtype}"], reads[f"{name}, {dtype}"] = way, inference.bytes_per_token(network, dtype)
-
     for dtype in ("fp32", "bf16", "int8"):
         ready = inference.prepare(copy.deepcopy(model), dtype)
-        step = inference.Step(ready) if device.startswith("cuda") else None
+        step = inference.Step(ready) if model.norm.weight.is_cuda else None
         if step is not None:
             step.compile(mode="reduce-overhead", fullgraph=True)
         ours = functools.partial(_our_way_to_decode, ready, prompt)
-        add("ours", dtype, functools.partial(ours, step=step))
-        if (
-            dtype != "fp32"
-        ):  # random weights soon go round in circles, the text that repeats itself; drawn they never do
-            add("ours, guessing ahead", dtype, functools.partial(ours, lookup=8))
-            add("ours, drawn", dtype, functools.partial(ours, temperature=1.0, seed=0))
-            add("ours, drawn, guessing ahead", dtype, functools.partial(ours, temperature=1.0, seed=0, lookup=8))
-            add("ours, batch of 8", dtype, functools.partial(_our_batch, ready, prompt))
+        drawn = functools.partial(ours, temperature=1.0, seed=0)
+        ways[f"ours, {dtype}"] = functools.partial(ours, step=step)
+        if dtype != "fp32":
+            ways[f"ours, guessing ahead, {dtype}"] = functools.partial(ours, lookup=8)
+            ways[f"ours, drawn, {dtype}"] = drawn
+            ways[f"ours, drawn, guessing ahead, {dtype}"] = functools.partial(drawn, lookup=8)
+            ways[f"ours, batch of 8, {dtype}"] = functools.partial(_our_batch, ready, prompt)
+    return ways
+
+
+def _their_ways_to_decode(model: Any, prompt: list[int], peers: str | None) -> dict[str, Callable[[int], list[int]]]:
+    """{"whose, dtype": way}: the seed's, those of --peers, transformers' if it is installed."""
+    import torch
+
+    ways: dict[str, Callable[[int], list[int]]] = {}
     for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         plain = copy.deepcopy(model).to(kind)
         for name, way in {SEED: _seed_way_to_decode, **_functions_of(peers)}.items():
-            add(name, dtype, functools.partial(way, plain, prompt))
+            ways[f"{name}, {dtype}"] = functools.partial(way, plain, prompt)
         for cache in ("dynamic", "static"):
             with contextlib.suppress(ImportError):
-                add(f"transformers, {cache} cache", dtype, _transformers_way(plain, prompt, cache))
-        if not shape:
-            small = Transformer(ModelConfig(**SHAPE_124M, qk_norm=False)).to(device, kind).eval()
-            way = functools.partial(_our_way_to_decode, small, prompt, use_cache=False)
-            add("nanoGPT's way (no cache), 124M", dtype, way, small)
-    memory = inference.bandwidth(torch.device(device))
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):  # the first is to warm up
-        for name, way in ways.items():
-            started = time.perf_counter()
-            made = len(way(n_tokens if turn else 8))
-            rates[name] += [made / (time.perf_counter() - started)] if turn else []
-        memory = max(memory, inference.bandwidth(torch.device(device)))
-    found = {
-        name: {"tokens_per_s": statistics.median(r), "rounds": r, "gb_per_s": statistics.median(r) * reads[name] / 1e9}
-        for name, r in rates.items()
-    }
-    facts = {"parameters": model.num_params(), "new_tokens": n_tokens, "threads": torch.get_num_threads()}
-    return {**facts, "device": device, "memory_gb_per_s": memory / 1e9, "ways": found}
+                ways[f"transformers, {cache} cache, {dtype}"] = _transformers_way(plain, prompt, cache)
+    return ways
 
 
 def _seed_way_to_decode(model: Any, prompt: list[int], n_tokens: int) -> list[int]:
@@ -550,16 +520,14 @@ def decode_report(rates: dict[str, Any]) -> str:
     ]
     for name, way in ways.items():
         low, high = min(way["rounds"]), max(way["rounds"])
-        share = (
-            "" if any(word in name for word in ("batch", "ahead", "no cache")) else f"{way['gb_per_s'] / memory:.0%}"
-        )
-        moved = f"{way['gb_per_s']:16.1f} {share:>15}" if share else ""
+        one_by_one = not any(word in name for word in ("batch", "ahead"))  # each token reads all weights
+        moved = f"{way['gb_per_s']:16.1f} {way['gb_per_s'] / memory:15.0%}" if one_by_one else ""
         lines.append(f"{name:42} {way['tokens_per_s']:8.1f} ({low:.1f}..{high:.1f}) {moved}")
 
     def ratio(one: str, *others: str) -> str:
         return f"{ways[one]['tokens_per_s'] / max(ways[name]['tokens_per_s'] for name in others):.2f}"
 
-    peers = [name for name in ways if name.endswith("bf16") and not name.startswith(("ours", "nanoGPT"))]
+    peers = [name for name in ways if name.endswith("bf16") and not name.startswith("ours")]
     lines += [
         f"bf16 / the best peer's bf16 (1.2 promised):     {ratio('ours, bf16', *peers)}",
         f"int8 / our bf16 (1.6):                          {ratio('ours, int8', 'ours, bf16')}",
@@ -583,18 +551,19 @@ def loss_benchmark(path: str, source: str, n_tokens: int, device: str) -> dict[s
     losses = {}
     for dtype in ("fp32", "bf16", "int8"):
         model = inference.prepare(checkpoint.load_model(path, device)[0], dtype)
-        total, count = 0.0, 0
+        total, count, seq_len = 0.0, 0, model.config.seq_len
         with torch.inference_mode():
-            for inputs, targets in validation_batches(
-                {source: 1.0}, seq_len=model.config.seq_len, batch_size=4, max_tokens=n_tokens
-            ):
-                total += float(model(inputs.to(device), targets.to(device), reduction="sum"))
-                count += int((targets >= 0).sum())
+            for x, y in validation_batches({source: 1.0}, seq_len=seq_len, batch_size=4, max_tokens=n_tokens):
+                total += float(model(x.to(device), y.to(device), reduction="sum"))
+                count += int((y >= 0).sum())
         losses[dtype] = total / count
-        print(
-            f"{dtype}  validation loss {losses[dtype]:.5f} over {count:,} tokens ({losses[dtype] - losses['fp32']:+.5f})"
-        )
     return losses
+
+
+def loss_report(losses: dict[str, float]) -> str:
+    """One row per --dtype, and its difference from fp32."""
+    rows = [f"{dtype}  validation loss {loss:.5f} ({loss - losses['fp32']:+.5f})" for dtype, loss in losses.items()]
+    return "\n".join(rows)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -621,30 +590,37 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="decode: measure validation loss instead, on the shards in --source")
     parser.add_argument("--output", help="write the numbers to this .json file")
     args = parser.parse_args()
-    if args.section == "train":
-        import benchmark_train  # its processes import it too: torch at once
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if args.section == "train":
-            rates = benchmark_train.train_benchmark(args.device, args.vocab_size, args.rounds, args.peers)
-            print(benchmark_train.train_report(rates))
-        elif args.section == "data":
-            source = args.source or (f"{TEXTBOOKS}/train*" if TEXTBOOKS.exists() else _reference(folder))
-            rates = data_benchmark(source, args.repeat, args.rounds, folder)
-            print(report(rates))
-        elif args.section == "hellaswag":
-            rates = hellaswag_benchmark(args.data, args.num_examples, args.rounds, args.peers, folder)
-            print(hellaswag_report(rates))
-        elif args.section == "decode" and args.checkpoint:
-            rates = loss_benchmark(args.checkpoint, args.source, 50_000, args.device)
-        elif args.section == "decode":
-            rates = decode_benchmark(args.rounds, args.new_tokens, args.device, args.peers)
-            print(decode_report(rates))
-        else:
-            rates = checkpoint_benchmark(args.rounds, folder)
-            print(checkpoint_report(rates))
+        rates, table = run_section(args, Path(name))
+    print(table)
     if args.output:
         Path(args.output).write_text(json.dumps(rates, indent=1) + "\n")
+
+
+def run_section(args: Any, folder: Path) -> tuple[dict[str, Any], str]:
+    """The numbers of a section, and its table."""
+    match args.section:
+        case "train":
+            import benchmark_train  # its processes import it too: torch at once
+
+            rates = benchmark_train.train_benchmark(args.device, args.vocab_size, args.rounds, args.peers)
+            return rates, benchmark_train.train_report(rates)
+        case "data":
+            source = args.source or (f"{TEXTBOOKS}/train*" if TEXTBOOKS.exists() else _reference(folder))
+            rates = data_benchmark(source, args.repeat, args.rounds, folder)
+            return rates, data_report(rates)
+        case "hellaswag":
+            rates = hellaswag_benchmark(args.data, args.num_examples, args.rounds, args.peers, folder)
+            return rates, hellaswag_report(rates)
+        case "decode" if args.checkpoint:
+            losses = loss_benchmark(args.checkpoint, args.source, 50_000, args.device)
+            return losses, loss_report(losses)
+        case "decode":
+            rates = decode_benchmark(args.rounds, args.new_tokens, args.device, args.peers)
+            return rates, decode_report(rates)
+        case _:  # checkpoint
+            rates = checkpoint_benchmark(args.rounds, folder)
+            return rates, checkpoint_report(rates)
 
 
 def _reference(folder: Path) -> str:
