@@ -74,11 +74,8 @@ N_VALIDATION = 10_042
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}  # tokens forwarded at once, padding included
 HEAD_ROWS = {"cpu": 128, "cuda": 4096}  # rows of logits held at once; a CPU reuses 25 MB, but maps 50 MB anew each time
 SCORING = ("likelihood", "num_mc", "guidance")
-RULES = {"acc": "acc", "acc_norm": "acc_norm", "acc_token_mean": "token mean"}
-REFERENCES = (  # acc, acc_norm in lm-evaluation-harness
-    ("chance", 25.0, 25.0),
-    ("GPT-2 124M", 28.92, 31.14),
-)
+RULES = ("acc", "acc_norm", "acc_token_mean")
+REFERENCES = (("chance", 25.0, 25.0), ("GPT-2 124M", 28.92, 31.14))  # acc, acc_norm in lm-evaluation-harness
 
 
 class Item(NamedTuple):
@@ -105,6 +102,7 @@ class Row(NamedTuple):
 
 
 DUMMY = Row(-1, 0, [0], [[0]])  # for a rank that has no batch left while others have
+Scores = list[tuple[Row, list[float], list[bool]]]  # of each ending: log-likelihood in nats, is it the greedy one?
 
 
 def load_items(path: str | Path, limit: int | None = None) -> list[Item]:
@@ -153,17 +151,17 @@ def download(path: str | Path) -> None:
         try:
             with urlopen(URL, timeout=60) as answer:
                 partial.write_bytes(answer.read())
-            count = len(load_items(partial))
+            load_items(partial)
         except (OSError, ValueError):  # no route, or a proxy's page instead of the items
-            count = _from_hub(partial)
-        if count != N_VALIDATION:
+            partial.write_text(_from_hub(), encoding="utf-8")
+        if (count := len(load_items(partial))) != N_VALIDATION:
             raise ValueError(f"{URL} gave {count} items instead of {N_VALIDATION}; give the file with --data")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _from_hub(path: Path) -> int:
+def _from_hub() -> str:
     from datasets import load_dataset
 
     try:
@@ -173,8 +171,7 @@ def _from_hub(path: Path) -> int:
             f"cannot download HellaSwag from {URL} or the Hub ({HUB}): {type(error).__name__}; "
             "fetch hellaswag_val.jsonl elsewhere and give it with --data"
         ) from error
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return len(load_items(path))
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def rows_of(items: Iterable[tuple[int, Item]], tokenizer: Any, seq_len: int, share: bool = True) -> Iterator[Row]:
@@ -218,28 +215,36 @@ def score_rows(
     dtype: torch.dtype | None = None,
     progress: bool = False,
     scoring: dict[str, Any] | None = None,
-) -> list[tuple[Row, list[float], list[bool]]]:
-    """Each row with (log-likelihood in nats, is it the greedy continuation?) of its endings, on every rank.
-
-    scoring: options of diffusion.log_likelihood, for a model that sees both sides.
+) -> Scores:
+    """Score the endings of all rows; every rank gets them all. scoring: options of diffusion.log_likelihood, for a
+    model that sees both sides.
 
     Ranks take whole batches in turn: the batches, hence the scores, are the same for any number of ranks, and all
     ranks make as many forward passes (a sharded model would wait for the missing one).
     """
-    device = next(model.parameters()).device
+    if not rows:
+        return []
     if sees_both_sides(model):
-        return score_masked(model, rows, device, dtype, progress, scoring or {})
+        return score_masked(model, rows, dtype, progress, scoring or {})
+    device = next(model.parameters()).device
     budget = min(BATCH_TOKENS[device.type], getattr(model, "max_batch_tokens", 1 << 30))
-    batches = list(batches_of(rows, budget))
-    mine = distributed.share(batches, filler=[DUMMY])
-    cast = torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
+    batches = distributed.share(list(batches_of(rows, budget)), filler=[DUMMY])
     was_training = model.training
     model.eval()
-    with torch.no_grad(), cast:  # not inference_mode: in it autocast casts the weights anew for every batch
-        scores = [score(model, batch, device) for batch in tqdm(mine, unit="batch", disable=None if progress else True)]
+    with torch.no_grad(), cast(device, dtype):  # not inference_mode: in it autocast casts the weights for every batch
+        quiet = None if progress else True  # None: unless it is a terminal
+        scores = [score(model, batch, device) for batch in tqdm(batches, unit="batch", disable=quiet)]
     model.train(was_training)
-    sums, greedy = (torch.cat(part).tolist() if part else [] for part in zip(*scores)) if scores else ([], [])
-    return [x for part in distributed.gather_shares(list(_per_row(mine, sums, greedy))) for x in part]
+    mine = [row for batch in batches for row in batch]
+    counts = [len(row.endings) for row in mine]
+    sums, greedy = (torch.cat(part).cpu().split(counts) for part in zip(*scores, strict=True))
+    found = [(row, s.tolist(), g.tolist()) for row, s, g in zip(mine, sums, greedy, strict=True) if row is not DUMMY]
+    return [x for part in distributed.gather_shares(found) for x in part]
+
+
+def cast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Matmuls in `dtype`; None changes nothing."""
+    return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
 
 def sees_both_sides(model: Any) -> bool:
@@ -248,42 +253,30 @@ def sees_both_sides(model: Any) -> bool:
 
 
 def score_masked(
-    model: Any,
-    rows: list[Row],
-    device: torch.device,
-    dtype: torch.dtype | None,
-    progress: bool,
-    scoring: dict[str, Any],
-) -> list[tuple[Row, list[float], list[bool]]]:
+    model: Any, rows: list[Row], dtype: torch.dtype | None, progress: bool, scoring: dict[str, Any]
+) -> Scores:
     """`score_rows` for masked diffusion: the ways to mask one ending are a batch. All ranks make as many passes."""
     import diffusion
 
+    device = next(model.parameters()).device
     options = {**scoring, "batch_tokens": BATCH_TOKENS[device.type]}
     rows = sorted(rows, key=lambda row: (-row.length, row.item, row.first))
-    ranks, found = distributed.world_size(), []
-    with torch.no_grad(), torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        for row in tqdm(rows[distributed.rank() :: ranks], unit="row", disable=None if progress else True):
+    shares = [rows[rank :: distributed.world_size()] for rank in range(distributed.world_size())]
+    passes = [
+        sum(diffusion.passes(len(row.context), len(ending), **options) for row in share for ending in row.endings)
+        for share in shares
+    ]
+    found = []
+    with torch.no_grad(), cast(device, dtype):
+        for row in tqdm(shares[distributed.rank()], unit="row", disable=None if progress else True):
             parts = [
                 diffusion.log_likelihood(model, row.context, ending, **options, seed=(row.item, number))
                 for number, ending in enumerate(row.endings, row.first)
             ]
             found.append((row, [values.sum().item() for values, _ in parts], [greedy for _, greedy in parts]))
-        passes = [
-            sum(diffusion.passes(len(row.context), len(e), **options) for row in rows[rank::ranks] for e in row.endings)
-            for rank in range(ranks)
-        ]
         for _ in range(max(passes) - passes[distributed.rank()]):  # a sharded model waits for all ranks in each pass
             model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device))
     return [x for part in distributed.gather(found) for x in part]
-
-
-def _per_row(batches: list[list[Row]], sums: list[float], greedy: list[bool]) -> Iterator[tuple]:
-    at = 0
-    for row in (row for batch in batches for row in batch):
-        end = at + len(row.endings)
-        if row is not DUMMY:
-            yield row, sums[at:end], greedy[at:end]
-        at = end
 
 
 def score(model: Any, rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -356,10 +349,7 @@ def evaluate(
     started = time.monotonic()
     mine = list(enumerate(items))[distributed.rank() :: distributed.world_size()]
     share = getattr(model, "shares_contexts", True)
-    longest = model.config.seq_len - sees_both_sides(
-        model
-    )  # an ending's last token is only predicted, or itself masked
-    parts = distributed.gather(list(rows_of(mine, tokenizer, longest, share)))
+    parts = distributed.gather(list(rows_of(mine, tokenizer, longest_row(model), share)))
     rows = [row for part in parts for row in part]
     sums: dict[int, list[float]] = {index: [0.0] * 4 for index in range(len(items))}
     n_tokens = {index: [0] * 4 for index in range(len(items))}
@@ -374,24 +364,27 @@ def evaluate(
     }
 
 
+def longest_row(model: Any) -> int:
+    """Tokens of a row: an ending's last one is only predicted, but a model that sees both sides reads it, too, masked."""
+    return model.config.seq_len - sees_both_sides(model)
+
+
 def result(items: list[Item], sums: dict[int, list], n_tokens: dict[int, list]) -> dict[str, Any]:
     """Accuracies with standard errors, and every item. Raises ValueError when a score is not finite."""
-    records, right = [], {"acc": 0, "acc_norm": 0, "acc_token_mean": 0}
+    records, right = [], dict.fromkeys(RULES, 0)
     for index, item in enumerate(items):
         scores = sums[index]
         if not all(map(math.isfinite, scores)):
             raise ValueError(f"HellaSwag item {index}: log-likelihoods {scores} are not finite; the weights are broken")
         norms = [value / len(ending) for value, ending in zip(scores, item.endings, strict=True)]
         means = [value / n for value, n in zip(scores, n_tokens[index], strict=True)]
-        for key, values in (("acc", scores), ("acc_norm", norms), ("acc_token_mean", means)):
+        for key, values in zip(RULES, (scores, norms, means), strict=True):
             right[key] += values.index(max(values)) == item.label
         records.append({"index": index, "label": item.label, "logprob_sums": scores, "logprob_norms": norms})
     n = len(items)
     out: dict[str, Any] = {"num_examples": n}
-    for key, count in right.items():
-        share = count / n
-        out[key] = share
-        out[f"{key}_stderr"] = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else 0.0
+    for key, share in ((key, count / n) for key, count in right.items()):
+        out |= {key: share, f"{key}_stderr": math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else 0.0}
     return {**out, "items": records}
 
 
@@ -540,32 +533,37 @@ def scoring_of(args: Any, model: Any) -> dict[str, Any]:
 
 def check(args: Any) -> None:
     """Raise ValueError for what can be known to fail before the work."""
-    if not args.checkpoint:
-        raise ValueError("--checkpoint is missing; give a run directory, a checkpoint file or a Hub id")
+    check_model(args)
+    if not args.checkpoint.startswith("hf:"):
+        checkpoint.find(args.checkpoint)
     if args.num_examples is not None and args.num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, got {args.num_examples}")
     if args.num_mc is not None and args.num_mc < 1:
         raise ValueError(f"num_mc must be at least 1, got {args.num_mc}")
     if args.output and (Path(args.output).is_dir() or not os.access(Path(args.output).parent, os.W_OK)):
         raise ValueError(f"cannot write {args.output}: it is a folder, or {Path(args.output).parent} is not writable")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda, but torch finds no GPU here; leave it out to run on the CPU")
     if args.all and not Path(args.checkpoint).is_dir():
         raise ValueError(f"--all needs a run directory as --checkpoint, got {args.checkpoint}")
 
 
-def paths_of(args: Any) -> list[str | Path]:
-    """The checkpoints to score, oldest first."""
-    if args.checkpoint.startswith("hf:"):
-        return [args.checkpoint]
-    newest = checkpoint.find(args.checkpoint)
-    return [path for _, path in reversed(checkpoint.all_of(args.checkpoint))] if args.all else [newest]
+def check_model(args: Any) -> None:
+    """Raise ValueError if --checkpoint or the GPU of --device is missing."""
+    if not args.checkpoint:
+        raise ValueError("--checkpoint is missing; give a run directory, a checkpoint file or a Hub id")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda, but torch finds no GPU here; leave it out to run on the CPU")
+
+
+def precision(args: Any, dist: distributed.Dist) -> tuple[torch.device, torch.dtype | None]:
+    """What --device and --dtype mean here; None = fp32."""
+    device = torch.device(args.device) if args.device else dist.device
+    name = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    return device, torch.bfloat16 if name == "bf16" else None
 
 
 def score_checkpoint(path: str | Path, items: list[Item], args: Any, dist: distributed.Dist) -> dict[str, Any]:
     """Load, score, print the table; return one entry of --output."""
-    device = torch.device(args.device) if args.device else dist.device
-    dtype = torch.bfloat16 if (args.dtype or ("bf16" if device.type == "cuda" else "fp32")) == "bf16" else None
+    device, dtype = precision(args, dist)
     model, tokenizer, meta = load(path, device)
     scoring = scoring_of(args, model)
     scores = evaluate(model, tokenizer, items, dtype=dtype, progress=dist.is_main, scoring=scoring)
@@ -585,7 +583,7 @@ def main(args: Any) -> None:
     if args.compare:
         return print(compare(*map(read_scores, args.compare)))
     check(args)
-    paths = paths_of(args)
+    paths = [path for _, path in reversed(checkpoint.all_of(args.checkpoint))] if args.all else [args.checkpoint]
     dist = distributed.init()
     if dist.is_main and args.data == DATA and not Path(DATA).exists():
         download(DATA)
@@ -593,8 +591,8 @@ def main(args: Any) -> None:
     items = load_items(args.data, args.num_examples)
     runs = [score_checkpoint(path, items, args, dist) for path in paths]
     if dist.is_main and args.all:
-        plot(runs, Path(args.checkpoint) / "hellaswag.png")
-        print(f"wrote {Path(args.checkpoint) / 'hellaswag.png'}")
+        plot(runs, image := Path(args.checkpoint) / "hellaswag.png")
+        print(f"wrote {image}")
     if dist.is_main and args.output:
         partial = Path(f"{args.output}.tmp")
         partial.write_text(json.dumps({"checkpoints": runs} if args.all else runs[0]) + "\n")

@@ -59,9 +59,8 @@ import torch
 
 import checkpoint
 import distributed
-from eval_hellaswag import fit, score_rows, sees_both_sides
+from eval_hellaswag import cast, check_model, fit, load, longest_row, precision, score_rows, sees_both_sides
 from model import Transformer, generate_batch
-from shards import load_tokenizer
 
 GENERATED_AT_ONCE = 32
 
@@ -91,7 +90,7 @@ class Requests:
     def __init__(self, model: Transformer, tokenizer: Any, dtype: torch.dtype | None = None, progress: bool = False):
         super().__init__()  # one process as the harness sees it: all ranks get all requests and share them below
         self.model, self.encoding, self.dtype, self.progress = model, tokenizer, dtype, progress
-        self.max_length = model.config.seq_len - sees_both_sides(model)
+        self.max_length = longest_row(model)
         self.truncated = 0  # questions whose context lost its beginning, so far
 
     @property
@@ -168,29 +167,18 @@ class Requests:
         draws = {"temperature": temperature, "top_k": wishes.get("top_k"), "top_p": wishes.get("top_p")}
         prompts = [prompt[-max(1, self.max_length - n) :] for prompt in prompts]
         rows: list[list[int]] = [[] for _ in prompts]
-        texts: dict[int, str] = {}
-        for drawn in self._drawn(prompts, n, draws):
-            for b, token in enumerate(drawn):
-                if b not in texts:
-                    rows[b] += [token] if token != self.eot_token_id else []
+        ended: dict[int, str] = {}
+        with cast(self.model.embed_tokens.weight.device, self.dtype):
+            for drawn in generate_batch(self.model, prompts, n, seed=0, **draws):
+                for b in set(range(len(prompts))) - ended.keys():
+                    rows[b] += [drawn[b]] if drawn[b] != self.eot_token_id else []
                     text = self.encoding.decode(rows[b])
                     ends = [text.find(stop) for stop in stops if stop and stop in text]
-                    if ends or token == self.eot_token_id:
-                        texts[b] = text[: min(ends, default=len(text))]
-            if len(texts) == len(prompts):
-                break
-        return [texts[b] if b in texts else self.encoding.decode(row) for b, row in enumerate(rows)]
-
-    def _drawn(self, prompts: list[list[int]], n: int, draws: dict[str, Any]) -> Iterator[list[int]]:
-        """`n` times the next token of every prompt, in this precision."""
-        stream = generate_batch(self.model, prompts, n, seed=0, **draws)
-        device = self.model.embed_tokens.weight.device.type
-        while True:
-            with torch.autocast(device, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-                drawn = next(stream, None)
-            if drawn is None:
-                return
-            yield drawn
+                    if ends or drawn[b] == self.eot_token_id:
+                        ended[b] = text[: min(ends, default=len(text))]
+                if len(ended) == len(prompts):
+                    break
+        return [ended[b] if b in ended else self.encoding.decode(row) for b, row in enumerate(rows)]
 
 
 def harness_model(model: Transformer, tokenizer: Any, dtype: torch.dtype | None = None, progress: bool = False) -> Any:
@@ -240,23 +228,18 @@ def evaluate(lm: Any, tasks: list[str], shots: int | None, args: Any, manager: A
 
 def main(args: Any) -> None:
     """Command line: everything that can fail early does, then one run of the harness per number of shots."""
-    if not args.checkpoint:
-        raise ValueError("--checkpoint is missing; give a run directory, a checkpoint file or a Hub id")
+    check_model(args)
     runs = plan(args.tasks, args.num_fewshot)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"limit must be at least 1, got {args.limit}")
     if args.log_samples and not args.output_path:
         raise ValueError("--log_samples has no effect without --output_path")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda, but torch finds no GPU here; leave it out to run on the CPU")
     path = checkpoint.find(args.checkpoint)
     manager = harness("tasks").TaskManager(include_path=args.include_path)
     check(runs, manager)
     dist = distributed.init()
-    device = torch.device(args.device) if args.device else dist.device
-    model, meta = checkpoint.load_model(path, device)
-    tokenizer = load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256"))
-    dtype = torch.bfloat16 if (args.dtype or ("bf16" if device.type == "cuda" else "fp32")) == "bf16" else None
+    device, dtype = precision(args, dist)
+    model, tokenizer, meta = load(path, device)
     lm = harness_model(model, tokenizer, dtype, progress=dist.is_main)
     for shots, tasks in runs.items():
         if dist.is_main:
