@@ -1,10 +1,12 @@
 """eval_hellaswag.py: text, tokens and scores of lm-evaluation-harness, item by item; one row per question."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -228,11 +230,12 @@ def gpt2_model(seq_len: int) -> Transformer:
     return tiny_model(vocab_size=50257, dim=16, n_heads=2, ffn_dim=24, seq_len=seq_len, scale=20.0)
 
 
-@pytest.mark.parametrize("seq_len", [128, 64])
-def test_real_items_score_as_one_forward_pass_per_ending(seq_len, gpt2):
-    items = load_items(shared("data/hellaswag_val_2000.jsonl"), limit=20)
-    model = gpt2_model(seq_len)
-    for item, record in zip(items, evaluate(model, gpt2, items)["items"]):
+def test_real_items_score_as_one_forward_pass_per_ending(gpt2):
+    items = load_items(shared("data/hellaswag_val_2000.jsonl"), limit=12)
+    model = gpt2_model(60)
+    scores = evaluate(model, gpt2, items)
+    assert 0 < scores["truncated_contexts"] < len(items)
+    for item, record in zip(items, scores["items"]):
         assert record["logprob_sums"] == pytest.approx(one_by_one(model, gpt2, item), abs=1e-3, rel=1e-5)
 
 
@@ -259,8 +262,7 @@ def hugging_face(model: Transformer):
     return theirs
 
 
-@pytest.mark.parametrize("seq_len", [128, 60])  # 60: a quarter of the contexts must be cut
-def test_every_item_scores_as_in_lm_eval(seq_len, gpt2, tmp_path):
+def test_every_item_scores_as_in_lm_eval(gpt2, tmp_path):
     pytest.importorskip("lm_eval")
     pytest.importorskip("accelerate")  # which HFLM imports
     import lm_eval.api.task
@@ -269,12 +271,13 @@ def test_every_item_scores_as_in_lm_eval(seq_len, gpt2, tmp_path):
     from lm_eval.tasks.hellaswag.utils import process_docs
 
     trailing = {**RECORD, "ctx_b": "wipes it [step]"}  # worded as a context that ends in a space
-    lines = shared("data/hellaswag_val_2000.jsonl").read_text().splitlines()[:49]
+    lines = shared("data/hellaswag_val_2000.jsonl").read_text().splitlines()[:24]
     records = [json.loads(line) for line in lines]
     keys = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
     path = write_lines(tmp_path / "x.jsonl", *({k: r[k] for k in keys} | {"label": str(r["label"])} for r in [*records, trailing]))  # fmt: skip
-    model = gpt2_model(seq_len)
+    model = gpt2_model(60)
     ours = evaluate(model, gpt2, load_items(path))
+    assert 0 < ours["truncated_contexts"] < 25  # some contexts must be cut, others not
 
     harness: Any = lm_eval  # its annotations do not fit its own examples
     task = harness.api.task.ConfigurableTask(
@@ -288,11 +291,11 @@ def test_every_item_scores_as_in_lm_eval(seq_len, gpt2, tmp_path):
     )  # fmt: skip
     network = hugging_face(model)
     lm = harness.models.huggingface.HFLM(
-        pretrained=network, tokenizer=gpt2_fast(), max_length=seq_len, batch_size=8, device="cpu"
+        pretrained=network, tokenizer=gpt2_fast(), max_length=60, batch_size=8, device="cpu"
     )
     theirs = harness.evaluator.evaluate(lm, {"hellaswag": task}, bootstrap_iters=0, log_samples=True)
     samples = sorted(theirs["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
-    assert len(samples) == len(ours["items"]) == 50
+    assert len(samples) == len(ours["items"]) == 25
     for sample, record in zip(samples, ours["items"]):
         sums = [float(answer[0]) for answer in sample["filtered_resps"]]
         assert record["logprob_sums"] == pytest.approx(sums, abs=1e-3), sample["doc_id"]
@@ -319,15 +322,23 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_command_prints_a_table_and_writes_every_item(folder):
-    script = [sys.executable, str(ROOT / "eval_hellaswag.py"), "--checkpoint", "run", "--data=x.jsonl"]
-    done = subprocess.run([*script, "--num_examples=2", "--output=s.json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_command_prints_a_table_and_writes_every_item_and_how_it_came_to_be(folder, capsys):
+    argv = ["--checkpoint=run", "--data=x.jsonl", "--num_examples=2", "--output=s.json"]
+    eval_hellaswag.main(eval_hellaswag.parse(argv))
+    said = capsys.readouterr().out
     for word in ("step 7", "this checkpoint", "±", "chance", "25.00", "GPT-2 124M", "28.92", "31.14", "items/s"):
-        assert word in done.stdout, done.stdout
+        assert word in said, said
     scores = json.loads((folder / "s.json").read_text())
     assert {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"} <= scores.keys() and len(scores["items"]) == 2
     assert scores["items"][1].keys() == {"index", "label", "logprob_sums", "logprob_norms"}
+    assert scores["step"] == 7 and scores["checkpoint"] == "run/checkpoint_step_7.pt"
+    assert scores["settings"]["data_sha256"] == hashlib.sha256((folder / "x.jsonl").read_bytes()).hexdigest()
+    assert scores["settings"]["dtype"] == "fp32" and scores["settings"]["versions"]["torch"] == torch.__version__
+    model = byte_model()
+    assert scores["weights_sha256"] == eval_hellaswag.weights_sha256(model)
+    with torch.no_grad():
+        model.norm.weight[3] += 1e-6
+    assert scores["weights_sha256"] != eval_hellaswag.weights_sha256(model)
 
 
 @pytest.mark.parametrize(
@@ -350,46 +361,39 @@ def test_a_mistake_is_found_before_the_work(argv, hint, folder, monkeypatch):
     assert sorted(os.listdir(folder)) == before
 
 
-def test_two_processes_give_the_same_scores_with_as_many_forward_passes(folder):
-    """To the last bit, because batches do not depend on the number of processes; three batches leave one rank a dummy."""
-    records = [{**RECORD, "ctx_a": "A man " + "washes and " * n, "label": n % 4} for n in range(5)]
-    write_lines(folder / "x.jsonl", *records)
-    code = f"""
-import os, sys; sys.path.insert(0, {str(ROOT)!r})
-import eval_hellaswag, torch
-torch.set_num_threads(1)
+COUNTED = """
+import os
+import eval_hellaswag
+eval_hellaswag.torch.set_num_threads(1)
 eval_hellaswag.BATCH_TOKENS["cpu"] = 150
 score, calls = eval_hellaswag.score, []
 eval_hellaswag.score = lambda *args: calls.append(1) or score(*args)
-eval_hellaswag.main(eval_hellaswag.parse(["--checkpoint=run", "--data=x.jsonl", f"--output={{sys.argv[1]}}"]))
-(eval_hellaswag.Path(sys.argv[1] + "_passes") / os.environ.get("RANK", "0")).write_text(str(len(calls)))
+eval_hellaswag.main(eval_hellaswag.parse(["--checkpoint=run", "--data=x.jsonl", "--output=two"]))
+eval_hellaswag.Path("passes" + os.environ["RANK"]).write_text(str(len(calls)))
 """
-    (folder / "script.py").write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py", "two"]
-    out = {}
-    for command in ([sys.executable, "script.py", "one"], launch):
-        passes = folder / f"{command[-1]}_passes"
-        passes.mkdir()
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        out[command[-1]] = [int(file.read_text()) for file in passes.iterdir()]
-    one, two = (json.loads((folder / name).read_text()) for name in ("one", "two"))
-    assert one["items"] == two["items"] and two["settings"]["processes"] == 2
-    assert out["one"][0] % 2 == 1 and out["two"] == [(out["one"][0] + 1) // 2] * 2, out
 
 
-def test_the_output_says_how_it_came_to_be(folder):
-    argv = ["--checkpoint=run", "--data=x.jsonl", "--output=s.json"]
-    eval_hellaswag.main(eval_hellaswag.parse(argv))
-    scores = json.loads((folder / "s.json").read_text())
-    assert scores["step"] == 7 and scores["checkpoint"] == "run/checkpoint_step_7.pt"
-    assert scores["settings"]["data_sha256"] == hashlib.sha256((folder / "x.jsonl").read_bytes()).hexdigest()
-    assert scores["settings"]["dtype"] == "fp32" and scores["settings"]["versions"]["torch"] == torch.__version__
-    model = byte_model()
-    assert scores["weights_sha256"] == eval_hellaswag.weights_sha256(model)
-    with torch.no_grad():
-        model.norm.weight[3] += 1e-6
-    assert scores["weights_sha256"] != eval_hellaswag.weights_sha256(model)
+def test_two_processes_give_the_same_scores_with_as_many_forward_passes(folder, monkeypatch):
+    """To the last bit, because batches do not depend on the number of processes; three batches leave one rank a dummy."""
+    records = [{**RECORD, "ctx_a": "A man " + "washes and " * n, "label": n % 4} for n in range(5)]
+    items = load_items(write_lines(folder / "x.jsonl", *records))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    group["PYTHONPATH"], both = str(ROOT), []
+    for rank in "01":
+        environment = os.environ | group | {"RANK": rank, "LOCAL_RANK": rank}
+        both.append(
+            subprocess.Popen([sys.executable, "-c", COUNTED], env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    for process in both:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, said
+    two = json.loads((folder / "two").read_text())
+    monkeypatch.setitem(eval_hellaswag.BATCH_TOKENS, "cpu", 150)
+    assert two["items"] == evaluate(byte_model(), BYTES, items)["items"] and two["settings"]["processes"] == 2
+    n = len(list(batches_of(list(rows_of(enumerate(items), BYTES, seq_len=96)), 150)))
+    assert n % 2 == 1 and [(folder / f"passes{rank}").read_text() for rank in "01"] == [str((n + 1) // 2)] * 2
 
 
 def test_all_checkpoints_of_a_run_are_scored_and_drawn(folder, capsys):
@@ -440,6 +444,7 @@ def hugging_face_folder(path: Path, kind: str, seq_len: int) -> Path:
     return path
 
 
+@functools.cache
 def gpt2_fast() -> Any:
     """GPT-2's tokenizer of transformers, from tiktoken's files."""
     from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -457,19 +462,20 @@ def gpt2_fast() -> Any:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_hugging_face_model_scores_as_in_lm_eval(kind, gpt2, tmp_path):
+def test_a_hugging_face_model_scores_as_in_lm_eval_and_as_the_same_network_of_ours(kind, gpt2, tmp_path):
     folder = hugging_face_folder(tmp_path / "model", kind, seq_len=40)
-    items = load_items(shared("data/hellaswag_val_2000.jsonl"), limit=30)
+    items = load_items(shared("data/hellaswag_val_2000.jsonl"), limit=12)
     model, tokenizer, meta = eval_hellaswag.load(f"hf:{folder}", torch.device("cpu"))
-    ours = evaluate(model, tokenizer, items)
-    assert ours["truncated_contexts"] > 3 and meta["path"] == f"hf:{folder}"
-    if kind == "llama":  # the same network and tokens through our own
-        for a, b in zip(evaluate(gpt2_model(40), gpt2, items)["items"], ours["items"]):
-            assert a["logprob_sums"] == pytest.approx(b["logprob_sums"], abs=1e-3)
-    huggingface = lm_eval_module("models.huggingface")
-    lm = huggingface.HFLM(pretrained=str(folder), batch_size=8, device="cpu", dtype="float32")
-    for item, sums in zip(items, theirs_of(lm, items)):
-        assert ours["items"][items.index(item)]["logprob_sums"] == pytest.approx(sums, abs=1e-3)
+    scores = evaluate(model, tokenizer, items)
+    assert 0 < scores["truncated_contexts"] < len(items) and meta["path"] == f"hf:{folder}"
+    if kind == "llama":
+        expected = [item["logprob_sums"] for item in evaluate(gpt2_model(40), gpt2, items)["items"]]
+    else:
+        huggingface = lm_eval_module("models.huggingface")
+        lm = huggingface.HFLM(pretrained=str(folder), batch_size=8, device="cpu", dtype="float32")
+        expected = theirs_of(lm, items)
+    for item, sums in zip(scores["items"], expected, strict=True):
+        assert item["logprob_sums"] == pytest.approx(sums, abs=1e-3)
 
 
 def lm_eval_module(name: str) -> Any:
