@@ -5,9 +5,10 @@
     printf 'The sky is\\n/bench\\n' | python chat.py runs/a   # prompts and commands from a pipe
     python chat.py runs/a --prompt="The sky is" --json      # one answer, with its tokens and settings
 
-A masked-diffusion checkpoint fills its answer in, in any order; on a terminal one sees it do so. Each prompt stands alone: these are base models, which know no questions, answers or turns. /help lists the commands.
-Ctrl-C stops an answer, Ctrl-D leaves. A prompt of several lines has a backslash at the end of each but the last, or
-\""" before and after it. What you type is kept in ~/.local/state/nano416/chat_history.
+A masked-diffusion checkpoint fills its answer in, in any order; on a terminal one sees it do so. Each prompt stands
+alone: these are base models, which know no questions, answers or turns. /help lists the commands. Ctrl-C stops an
+answer, Ctrl-D leaves. A prompt of several lines has a backslash at the end of each but the last, or \""" before and
+after it. What you type is kept in ~/.local/state/nano416/chat_history.
 """
 
 import codecs
@@ -119,6 +120,7 @@ FINISH = {"stop": "the model ended its text", "length": "max_tokens reached", "i
 CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\U000e0000-\U000e007f\ud800-\udfff]"
 )
+Show = Callable[[str], None]  # what is done with a piece of text
 HEAT = ((0.8, 84), (0.5, 157), (0.2, 228), (0.05, 215), (0, 203))  # probability from which on: terminal colour
 
 
@@ -200,17 +202,17 @@ def load(path: str, options: Options) -> Voice:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not usable: {str(error).splitlines()[0]}") from error
+    if options.compile and not device.startswith("cuda"):
+        raise ValueError(f"compile = true is for a GPU, the device is {device}; leave it out")
     model, meta = checkpoint.load_model(path, device)
     tokenizer = load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256"))
     dtype = options.dtype or ("fp32" if device == "cpu" else "bf16")
-    size = model.num_params(), bytes_per_token(model, dtype)
+    size = model.num_params(), bytes_per_token(model, dtype)  # of the weights as they are before they are packed
     prepare(model, dtype)
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ and model.config.causal:
         choose_threads(model)
     step = Step(model) if options.compile else None
     if step is not None:
-        if not str(device).startswith("cuda"):
-            raise ValueError(f"compile = true is for a GPU, the device is {device}; leave it out")
         step.compile(mode="reduce-overhead", fullgraph=True)
     return Voice(meta["path"], meta["step"], model, tokenizer, dtype, *size, step)
 
@@ -281,14 +283,7 @@ def pieces(voice: Voice, tokens: Iterator[int]) -> Iterator[tuple[int, str]]:
     yield -1, decoder.decode(b"", final=True)
 
 
-def answer(
-    voice: Voice,
-    prompt: str,
-    options: Options,
-    seed: int,
-    show: Callable[[str], None],
-    draw: Callable[[str], None] = ignore,
-) -> Turn:
+def answer(voice: Voice, prompt: str, options: Options, seed: int, show: Show, draw: Show = ignore) -> Turn:
     """Continue `prompt`, handing text to `show` as soon as its characters are whole. Ctrl-C ends it early.
 
     A masked-diffusion model hands its answer to `draw` after each step, then an empty text, and to `show` at the end.
@@ -300,11 +295,10 @@ def answer(
         fill_in(voice, turn, tokens, options, draw)
         show(turn.text)
         return turn
-    sampling = {name: getattr(options, name) for name in SAMPLING}
-    ways: dict[str, Any] = {"lookup": options.lookup, "step": voice.compiled, "stop_token": voice.tokenizer.eot_id}
-    stream = generate(voice.model, tokens, options.max_tokens, **sampling, **ways, seed=seed)
+    ways: dict[str, Any] = {name: getattr(options, name) for name in (*SAMPLING, "lookup")}
+    ways |= {"seed": seed, "step": voice.compiled, "stop_token": voice.tokenizer.eot_id}
     with contextlib.suppress(KeyboardInterrupt):
-        for token, text in pieces(voice, stream):
+        for token, text in pieces(voice, generate(voice.model, tokens, options.max_tokens, **ways)):
             turn.tokens += [token] if token >= 0 else []
             turn.text += text
             show(text)
@@ -312,7 +306,7 @@ def answer(
     return turn
 
 
-def fill_in(voice: Voice, turn: Turn, prompt: list[int], options: Options, draw: Callable[[str], None]) -> None:
+def fill_in(voice: Voice, turn: Turn, prompt: list[int], options: Options, draw: Show) -> None:
     """Let a masked-diffusion model write the turn. What Ctrl-C leaves is the text before the first open token."""
     import diffusion
 
@@ -451,22 +445,43 @@ def _heat(text: str, chance: float) -> str:
 
 def bench(session: Session, argument: str) -> None:
     """/bench [PROMPT]: measure the speed, prefill (reading the prompt) and decode (writing) apart"""
+    n_tokens = min(session.options.max_tokens, BENCH_TOKENS)
     for voice in session.voices:
-        if not voice.model.config.causal:
-            bench_filling(voice, argument or PROMPT, session.options)
-            continue
-        prompt, n_tokens = encode(voice, argument or PROMPT), max(2, min(session.options.max_tokens, BENCH_TOKENS))
-        timed(voice, prompt, 8)  # warm-up
-        print(f"{voice}\nprompt of {len(prompt)} tokens, {n_tokens} new ones", flush=True)
-        print("   run     prefill ms  prefill tokens/s   decode tokens/s")
-        rows: dict[str, tuple[float, ...]] = {}
-        for run in map(str, range(1, BENCH_RUNS + 1)):
-            _, prefill_s, decode_s = timed(voice, prompt, n_tokens)
-            rows[run] = (1000 * prefill_s, len(prompt) / prefill_s, (n_tokens - 1) / decode_s)
-            print("{:>6} {:14.1f} {:17.1f} {:17.1f}".format(run, *rows[run]), flush=True)
-        *_, decode = medians = [statistics.median(column) for column in zip(*rows.values(), strict=True)]
-        print("{:>6} {:14.1f} {:17.1f} {:17.1f}".format("median", *medians))
-        print(limit_line(voice, decode), flush=True)
+        print(voice, flush=True)
+        if voice.model.config.causal:
+            bench_writing(voice, encode(voice, argument or PROMPT), max(2, n_tokens))
+        else:
+            bench_filling(voice, argument or PROMPT, dataclasses.replace(session.options, max_tokens=n_tokens))
+
+
+def bench_writing(voice: Voice, prompt: list[int], n_tokens: int) -> None:
+    """Speed of autoregression, beside the memory's limit."""
+    print(f"prompt of {len(prompt)} tokens, {n_tokens} new ones")
+    print("   run     prefill ms  prefill tokens/s   decode tokens/s", flush=True)
+    timed(voice, prompt, 8)  # warm-up
+    runs = (timed(voice, prompt, n_tokens) for _ in range(BENCH_RUNS))
+    rates = ((1000 * prefill, len(prompt) / prefill, (n_tokens - 1) / decode) for _, prefill, decode in runs)
+    *_, tokens_per_s = print_runs("{:>6} {:14.1f} {:17.1f} {:17.1f}", rates)
+    print(limit_line(voice, tokens_per_s), flush=True)
+
+
+def bench_filling(voice: Voice, prompt: str, options: Options) -> None:
+    """Speed of masked diffusion, which has no cache: each step reads prompt and answer again."""
+    print("   run      steps   ms per step          tokens/s", flush=True)
+    filled(voice, prompt, options)  # warm-up
+    runs = (filled(voice, prompt, options) for _ in range(BENCH_RUNS))
+    print_runs("{:>6} {:10.0f} {:13.1f} {:17.1f}", ((n, 1000 * s / n, len(turn.tokens) / s) for n, turn, s in runs))
+
+
+def print_runs(row: str, runs: Iterable[tuple[float, ...]]) -> list[float]:
+    """A row for each run as it ends, then one of the medians, which are returned."""
+    done = []
+    for number, rates in enumerate(runs, 1):
+        done.append(rates)
+        print(row.format(number, *rates), flush=True)
+    medians = [statistics.median(column) for column in zip(*done, strict=True)]
+    print(row.format("median", *medians))
+    return medians
 
 
 def limit_line(voice: Voice, tokens_per_s: float) -> str:
@@ -479,28 +494,14 @@ def limit_line(voice: Voice, tokens_per_s: float) -> str:
     )
 
 
-def bench_filling(voice: Voice, prompt: str, options: Options) -> None:
-    """Speed of masked diffusion, which has no cache: each step reads prompt and answer again."""
-    options = dataclasses.replace(options, max_tokens=min(options.max_tokens, BENCH_TOKENS))
-    print(f"{voice}\n   run      steps   ms per step          tokens/s")
-    rows: dict[str, tuple[float, ...]] = {}
-    for run in ("warm-up", *map(str, range(1, BENCH_RUNS + 1))):
-        steps, length, _, seconds = filled(voice, prompt, options)
-        rows[run] = (steps, 1000 * seconds / steps, length / seconds)
-        if run != "warm-up":
-            print("{:>6} {:10.0f} {:13.1f} {:17.1f}".format(run, *rows[run]), flush=True)
-    medians = map(statistics.median, zip(*list(rows.values())[1:], strict=True))
-    print("{:>6} {:10.0f} {:13.1f} {:17.1f}".format("median", *medians))
-
-
-def filled(voice: Voice, prompt: str, options: Options) -> tuple[int, int, Turn, float]:
-    """Steps, tokens filled in (with those behind the end of the text), the turn and seconds of one answer."""
+def filled(voice: Voice, prompt: str, options: Options) -> tuple[int, Turn, float]:
+    """Steps, the turn and seconds of one answer."""
     steps: list[str] = []
     started, turn = time.perf_counter(), Turn(prompt, options.seed or 0)
     fill_in(voice, turn, encode(voice, prompt), options, steps.append)
     if turn.finish == "interrupted":
         raise KeyboardInterrupt
-    return len(steps) - 1, len(turn.tokens), turn, time.perf_counter() - started
+    return len(steps) - 1, turn, time.perf_counter() - started
 
 
 def compare_steps(voice: Voice, prompt: str, options: Options, judge: Voice) -> None:
@@ -508,10 +509,10 @@ def compare_steps(voice: Voice, prompt: str, options: Options, judge: Voice) -> 
     print(f"nats per token: of the answer, as {visible(judge.name)} reads it\n steps   tokens/s   nats per token")
     n = steps = min(options.max_tokens, COMPARE_TOKENS)
     while steps >= max(1, n // 16):
-        done, length, turn, seconds = filled(voice, prompt, dataclasses.replace(options, max_tokens=n, steps=steps))
+        done, turn, seconds = filled(voice, prompt, dataclasses.replace(options, max_tokens=n, steps=steps))
         chances = probabilities(judge, judge.tokenizer.encode(prompt), turn.tokens) if turn.tokens else []
         nats = -sum(map(math.log, chances)) / len(chances) if chances else math.nan
-        print(f"{done:6} {length / seconds:10.1f} {nats:16.3f}   {visible(turn.text)!r}", flush=True)
+        print(f"{done:6} {len(turn.tokens) / seconds:10.1f} {nats:16.3f}   {visible(turn.text)!r}", flush=True)
         steps //= 2
 
 
