@@ -84,11 +84,11 @@ def data_benchmark(source: str, repeat: int, rounds: int, folder: Path) -> dict[
     measure(SEED, lambda: _seed_way(some, folder), 1 / repeat)
     measure("build-nanogpt's way", lambda: _build_nanogpt_way(some), 1 / repeat)
     for name, fast in ("tiktoken", False), ("fast encoder", True):
-        shards = folder / f"fast_{fast}"
-        measure(f"prepare, {name}, .jsonl.gz to verified shards", functools.partial(_prepare, files, shards, fast))
-        rates[f"prepare_{fast}_peak_gb"] = _peak_gb(files, folder, fast)
-    rates |= _loader_rates(folder / "fast_True", rounds)
-    rates["decontaminate_tokens_per_s"] = _decontamination_rate(folder / "fast_True", folder, documents)
+        work = functools.partial(_prepare, files, folder / "shards", fast)
+        measure(f"prepare, {name}, .jsonl.gz to verified shards", work)
+    rates["prepare_peak_gb"] = _peak_gb(files, folder)
+    rates |= _loader_rates(folder / "shards", rounds)
+    rates["decontaminate_tokens_per_s"] = _decontamination_rate(folder / "shards", folder, documents)
     return rates
 
 
@@ -110,14 +110,14 @@ def _prepare(files: str, shards: Path, fast: bool) -> None:
         verify(str(shards))
 
 
-def _peak_gb(files: str, folder: Path, fast: bool) -> float:
-    """Peak memory of `prepare` and its workers together, in GB (their shared pages counted once for each)."""
+def _peak_gb(files: str, folder: Path) -> float:
+    """Peak memory of `prepare` and 2 workers together, in GB (their shared pages counted once for each)."""
     code = (
         "import resource, sys; from data_pipeline import prepare; "
-        "prepare(sys.argv[1], sys.argv[2], fast=sys.argv[3] == 'True', shard_tokens=10_000_000, workers=2); "
+        "prepare(sys.argv[1], sys.argv[2], fast=True, shard_tokens=10_000_000, workers=2); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    command = [sys.executable, "-c", code, files, str(folder / f"peak_{fast}"), str(fast)]
+    command = [sys.executable, "-c", code, files, str(folder / "peak")]
     result = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
     main, worker = map(int, result.stdout.splitlines()[-1].split())
     return (main + 2 * worker) / 1e6
@@ -204,7 +204,7 @@ def data_report(rates: dict[str, float]) -> str:
     lines = [
         f"prepare with tiktoken / (cores x its rate on one): {slow / cores / rates[NUMPY]:.2f}",
         f"prepare with the fast encoder / the seed's way:    {fast / rates[SEED]:.1f}",
-        f"peak memory of prepare with 2 workers:             {rates['prepare_True_peak_gb']:.2f} GB",
+        f"peak memory of prepare with 2 workers:             {rates['prepare_peak_gb']:.2f} GB",
         f"10B tokens on {cores:.0f} cores like these:              {45e3 / fast / 60:.0f} minutes",
         f"10B tokens decontaminated on 64 such cores:        {10e9 / (search / cores * 64) / 60:.0f} minutes",
     ]
