@@ -59,8 +59,9 @@ import torch
 
 import checkpoint
 import distributed
-from eval_hellaswag import cast, check_model, fit, load, longest_row, precision, score_rows, sees_both_sides
+from eval_hellaswag import check_model, load, precision
 from model import Transformer, generate_batch
+from scoring import cast, fit, longest_row, score_rows, sees_both_sides
 
 GENERATED_AT_ONCE = 32
 

@@ -58,16 +58,6 @@ def environment(state_home: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": state_home, "TERM": "dumb"}
 
 
-def pipe(lines: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """chat.py as if `lines` came from a pipe, but in this process, which has torch already."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, text in (("stdin", lines), ("stdout", ""), ("stderr", "")):
-            patch.setattr(sys, name, io.StringIO(text))
-        chat.main(chat.parse(list(arguments)))
-        out, error = sys.stdout.getvalue(), sys.stderr.getvalue()  # type: ignore[attr-defined]
-    return subprocess.CompletedProcess(arguments, 0, out, error)
-
-
 def session_of(*paths: str, **options: Any) -> chat.Session:
     return chat.Session(list(paths), chat.Options(**{"device": "cpu", "max_tokens": 20, **options}))
 
@@ -87,13 +77,18 @@ def test_a_pipe_gets_answers_and_nothing_else_until_nobody_reads(
     assert (child.communicate(b"The sea\n", timeout=60)[1], child.returncode) == (b"", 141)
 
 
-def test_bench_and_compare_of_two_checkpoints(paths: tuple[str, str]) -> None:
-    done = pipe("/bench\n/compare The sky\n/nonsense\n/set top_q 3\n/set top_k 0\n", *paths, "--max_tokens=12")
-    assert len(re.findall(r"^ *(?:1|2|3|median)(?: +\d+\.\d){3}$", done.stdout, re.MULTILINE)) == 2 * 4
-    assert len(re.findall(r"tokens/s, \d+\.\d\dx, the same greedy tokens", done.stdout)) == 2 * 3
-    assert len(re.findall(r"GB/s: at most [\d.]+ tokens/s, \d+% reached", done.stdout)) == 2 * 2
-    assert re.search(r"^The sky.* \| The sky", done.stdout, re.MULTILINE)
-    assert [line.split(";")[0] for line in done.stderr.splitlines()] == [
+def test_bench_and_compare_of_two_checkpoints(
+    paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "/bench\n/compare The sky\n/nonsense\n/set top_q 3\n/set top_k 0\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    chat.main(chat.parse([*paths, "--max_tokens=12"]))
+    out, error = capsys.readouterr()
+    assert len(re.findall(r"^ *(?:1|2|3|median)(?: +\d+\.\d){3}$", out, re.MULTILINE)) == 2 * 4
+    assert len(re.findall(r"tokens/s, \d+\.\d\dx, the same greedy tokens", out)) == 2 * 3
+    assert len(re.findall(r"GB/s: at most [\d.]+ tokens/s, \d+% reached", out)) == 2 * 2
+    assert re.search(r"^The sky.* \| The sky", out, re.MULTILINE)
+    assert [line.split(";")[0] for line in error.splitlines()] == [
         "error: unknown command /nonsense",
         "error: unknown option top_q",
         "error: top_k must be at least 1, or none, got 0",

@@ -18,8 +18,10 @@ from conftest import ROOT, shared, tiny_model
 
 import checkpoint
 import eval_hellaswag
-from eval_hellaswag import Item, batches_of, clean, evaluate, load_items, result, rows_of
+import scoring
+from eval_hellaswag import Item, clean, evaluate, load_items, result, rows_of
 from model import Transformer
+from scoring import batches_of
 from shards import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -127,7 +129,7 @@ def test_an_absent_empty_or_binary_file_is_named(make, tmp_path):
 def test_shared_contexts_score_as_one_forward_pass_per_ending(shape, seq_len, monkeypatch):
     model = tiny_model(vocab_size=257, seq_len=seq_len, **shape)
     for batch_tokens in (1, 150, 10_000):
-        monkeypatch.setitem(eval_hellaswag.BATCH_TOKENS, "cpu", batch_tokens)
+        monkeypatch.setitem(scoring.BATCH_TOKENS, "cpu", batch_tokens)
         scores = evaluate(model, BYTES, ITEMS)
         for item, record in zip(ITEMS, scores["items"]):
             assert record["logprob_sums"] == pytest.approx(one_by_one(model, BYTES, item), abs=1e-4)
@@ -168,7 +170,7 @@ def test_what_is_cut_is_counted_and_said():
 
 def test_an_ending_without_tokens_of_its_own_is_named():
     with pytest.raises(ValueError, match="item 5: ending 1 has no tokens"):
-        list(eval_hellaswag.fit(5, [1, 2], [[3], []], seq_len=8))
+        list(scoring.fit(5, [1, 2], [[3], []], seq_len=8))
 
 
 def test_greedy_endings_are_known():
@@ -180,8 +182,8 @@ def test_greedy_endings_are_known():
 
     first = likeliest(context)
     second = likeliest([*context, first])
-    rows = list(eval_hellaswag.fit(0, context, [[first, second], [first, second ^ 1], [first ^ 1, 0]], seq_len=8))
-    ((_, _, greedy),) = eval_hellaswag.score_rows(model, rows)
+    rows = list(scoring.fit(0, context, [[first, second], [first, second ^ 1], [first ^ 1, 0]], seq_len=8))
+    ((_, _, greedy),) = scoring.score_rows(model, rows)
     assert greedy == [True, False, False]
 
 
@@ -363,11 +365,11 @@ def test_a_mistake_is_found_before_the_work(argv, hint, folder, monkeypatch):
 
 COUNTED = """
 import os
-import eval_hellaswag
+import eval_hellaswag, scoring
 eval_hellaswag.torch.set_num_threads(1)
-eval_hellaswag.BATCH_TOKENS["cpu"] = 150
-score, calls = eval_hellaswag.score, []
-eval_hellaswag.score = lambda *args: calls.append(1) or score(*args)
+scoring.BATCH_TOKENS["cpu"] = 150
+score, calls = scoring.score, []
+scoring.score = lambda *args: calls.append(1) or score(*args)
 eval_hellaswag.main(eval_hellaswag.parse(["--checkpoint=run", "--data=x.jsonl", "--output=two"]))
 eval_hellaswag.Path("passes" + os.environ["RANK"]).write_text(str(len(calls)))
 """
@@ -390,7 +392,7 @@ def test_two_processes_give_the_same_scores_with_as_many_forward_passes(folder, 
         said = process.communicate(timeout=120)[1]
         assert process.returncode == 0, said
     two = json.loads((folder / "two").read_text())
-    monkeypatch.setitem(eval_hellaswag.BATCH_TOKENS, "cpu", 150)
+    monkeypatch.setitem(scoring.BATCH_TOKENS, "cpu", 150)
     assert two["items"] == evaluate(byte_model(), BYTES, items)["items"] and two["settings"]["processes"] == 2
     n = len(list(batches_of(list(rows_of(enumerate(items), BYTES, seq_len=96)), 150)))
     assert n % 2 == 1 and [(folder / f"passes{rank}").read_text() for rank in "01"] == [str((n + 1) // 2)] * 2

@@ -23,7 +23,8 @@ IMPORTS = {
     "checkpoint": {"config", "model", "distributed"},
     "safety": {"distributed"},
     "preflight": {"config", "shards", "distributed"},
-    "eval_hellaswag": {"config", "model", "shards", "checkpoint", "distributed", "diffusion"},
+    "scoring": {"distributed", "diffusion"},
+    "eval_hellaswag": {"config", "model", "shards", "checkpoint", "distributed", "scoring"},
     "chat": {"config", "model", "inference", "shards", "checkpoint", "diffusion"},
 }
 IMPORTS["plan"] = {"model", "shards", "distributed", "optimizers", "metrics", "diffusion"}
