@@ -28,10 +28,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from unicodedata import category, east_asian_width
 
 import config
 
@@ -107,6 +105,7 @@ import checkpoint
 from inference import Step, bandwidth, bytes_per_token, choose_threads, prepare
 from model import Transformer, generate
 from shards import Tokenizer, load_tokenizer
+from terminal import HEAT, Frame, columns, heat, pipe_reader, remark, terminal_reader, visible, whole_text
 
 DRAWING = ("temperature", "top_k", "top_p", "min_p")
 SAMPLING = (*DRAWING, "repetition_penalty")  # options that `generate` takes as they are
@@ -115,13 +114,8 @@ PROMPT = "The meaning of life is"  # of /bench and /compare
 BENCH_RUNS, BENCH_TOKENS = 3, 128
 OPEN = "░"  # a token that is not filled in yet
 COMPARE_TOKENS = 64  # without cache each token costs a pass over all the text before it
-FINISH = {"stop": "the model ended its text", "length": "max_tokens reached", "interrupted": "stopped"}
-# Obeyed by terminals: C0 but \n and \t, DEL, C1, line separators, direction marks and overrides, tags.
-CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\U000e0000-\U000e007f\ud800-\udfff]"
-)
 Show = Callable[[str], None]  # what is done with a piece of text
-HEAT = ((0.8, 84), (0.5, 157), (0.2, 228), (0.05, 215), (0, 203))  # probability from which on: terminal colour
+FINISH = {"stop": "the model ended its text", "length": "max_tokens reached", "interrupted": "stopped"}
 
 
 class Voice(NamedTuple):
@@ -232,11 +226,6 @@ def check_effect(voices: list[Voice], options: Options) -> None:
 # ---- Text in, text out -----------------------------------------------------------------------------------------------
 
 
-def visible(text: str) -> str:
-    """Control characters as \\xNN or \\uNNNN: shown to the reader, not obeyed by the terminal."""
-    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}" if match[0] < "\x80" else ascii(match[0])[1:-1], text)
-
-
 def write(text: str) -> None:
     """A piece of an answer, at once."""
     print(visible(text), end="", flush=True)
@@ -244,27 +233,6 @@ def write(text: str) -> None:
 
 def ignore(text: str) -> None:
     """For an answer that is shown when it is whole."""
-
-
-class Frame:
-    """A text on the terminal that changes in place; an empty one leaves the line as it was before."""
-
-    def __init__(self) -> None:
-        self.rows = 0  # above the cursor
-
-    def __call__(self, text: str) -> None:
-        width, height = shutil.get_terminal_size()
-        rows = [
-            line[i : i + width - 1] for line in visible(text).split("\n") for i in range(0, len(line) or 1, width - 1)
-        ]
-        up = f"\x1b[{self.rows}A" if self.rows else ""
-        print(f"{up}\r\x1b[J" + "\n".join(rows[1 - height :]), end="", flush=True)
-        self.rows = min(len(rows), height - 1) - 1
-
-
-def remark(text: str) -> None:
-    """One line beside the answers, on stderr."""
-    print(visible(" ".join(text.split())), file=sys.stderr, flush=True)
 
 
 def encode(voice: Voice, text: str) -> list[int]:
@@ -350,33 +318,6 @@ def timed(voice: Voice, prompt: list[int], n_tokens: int, **ways: Any) -> tuple[
     return tokens, first - started, time.perf_counter() - first
 
 
-def columns(texts: list[str], width: int) -> str:
-    """Texts beside each other, wrapped, in `width` cells of a terminal."""
-    each = max(10, (width - 3 * (len(texts) - 1)) // len(texts))
-    wrapped = [[row for line in text.split("\n") for row in wrap(line, each)] for text in texts]
-    rows = zip_longest(*wrapped, fillvalue="")
-    return "\n".join(" | ".join(cell + " " * (each - cells(cell)) for cell in row).rstrip() for row in rows)
-
-
-def wrap(line: str, width: int) -> list[str]:
-    """Rows of at most `width` cells, cut between words, or within one that is longer than a row."""
-    rows = [""]
-    for word in re.split(r"(?<=\s)(?=\S)", line.expandtabs(4)):  # each with the spaces behind it
-        if rows[-1] and cells(rows[-1] + word.rstrip()) > width:
-            rows.append("")
-        for character in word.rstrip():
-            rows += [""] if cells(rows[-1] + character) > width else []
-            rows[-1] += character
-        rows[-1] += word[len(word.rstrip()) :]
-    return [row.rstrip() for row in rows]
-
-
-def cells(text: str) -> int:
-    """How wide a terminal shows `text`: Chinese, Japanese, Korean and emoji take two cells, combining marks none."""
-    marks = ("Mn", "Me", "Cf")
-    return sum(1 + (east_asian_width(c) in "WF") for c in text if category(c) not in marks)
-
-
 @contextlib.contextmanager
 def opening(path: str) -> Iterator[Path]:
     """The file that a user names; what goes wrong with it is a ValueError that names it too."""
@@ -434,13 +375,8 @@ def show_probabilities(session: Session, argument: str) -> None:
     if not session.interactive or "NO_COLOR" in os.environ:
         print("\n".join(f"{p:.4f} {voice.tokenizer.decode([token])!r}" for p, token in zip(chances, tokens)))
         return
-    print("".join(_heat(text, p) for (_, text), p in zip(pieces(voice, iter(tokens)), [*chances, 0.0])))
-    print("probability at least " + " ".join(_heat(f" {p} ", p) for p, _ in HEAT))
-
-
-def _heat(text: str, chance: float) -> str:
-    colour = f"\x1b[30;48;5;{next(code for least, code in HEAT if chance >= least)}m"
-    return colour + visible(text).replace("\n", f"\x1b[0m\n{colour}") + "\x1b[0m"
+    print("".join(heat(text, p) for (_, text), p in zip(pieces(voice, iter(tokens)), [*chances, 0.0])))
+    print("probability at least " + " ".join(heat(f" {p} ", p) for p, _ in HEAT))
 
 
 def bench(session: Session, argument: str) -> None:
@@ -624,53 +560,6 @@ def unknown(kind: str, name: str, known: Iterable[str], advice: str) -> ValueErr
 
 
 # ---- The conversation ------------------------------------------------------------------------------------------------
-
-
-def terminal_reader() -> Callable[[str], str]:
-    """input() with line editing, and with a history that outlives the session where a file can be written."""
-    try:
-        import readline
-    except ImportError:  # Windows
-        return input
-    folder = Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "nano416"
-    with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        readline.read_history_file(folder / "chat_history")
-
-    def read(prompt: str) -> str:
-        try:
-            line = input(prompt)
-        except EOFError:
-            print()  # Ctrl-D leaves the cursor behind the prompt
-            raise
-        with contextlib.suppress(OSError):  # after each line: a closed window ends without a word
-            readline.set_history_length(1000)
-            readline.write_history_file(folder / "chat_history")
-        return line
-
-    return read
-
-
-def pipe_reader(prompt: str) -> str:
-    """The next line of a pipe or a file, without a prompt."""
-    line = sys.stdin.readline() if sys.stdin is not None else ""
-    if not line:
-        raise EOFError
-    return line.removesuffix("\n")
-
-
-def whole_text(line: str, read: Callable[[str], str]) -> str:
-    """A line and those that belong to it: up to closing quotes, or while they end with a backslash."""
-    with contextlib.suppress(EOFError):  # an open text ends with the input
-        if line.startswith('"""'):
-            line = line[3:]
-            while not line.endswith('"""'):
-                line += "\n" + read("... ")
-            return line.removesuffix('"""')
-        while line.endswith("\\"):
-            line = line[:-1] + "\n"
-            line += read("... ")
-    return line
 
 
 def converse(session: Session) -> None:

@@ -19,6 +19,7 @@ import checkpoint
 import config
 from model import ModelConfig, Transformer, next_logits, penalize, sample
 from shards import load_tokenizer
+from terminal import cells, wrap
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, str(ROOT / "chat.py")]
@@ -287,10 +288,9 @@ def test_columns_keep_every_word_of_every_text() -> None:
     ],
 )
 def test_columns_count_the_cells_of_a_terminal(text: str, rows: list[str]) -> None:
-    assert chat.wrap(text, 10) == rows and all(chat.cells(row) <= 10 for row in rows)
-    assert {
-        chat.cells(row.partition("|")[0]) for row in chat.columns([text, "x\n" * 3], 23).split("\n") if "|" in row
-    } == {11}
+    assert wrap(text, 10) == rows and all(cells(row) <= 10 for row in rows)
+    beside = [row.partition("|")[0] for row in chat.columns([text, "x\n" * 3], 23).split("\n") if "|" in row]
+    assert set(map(cells, beside)) == {11}
 
 
 def test_one_answer_from_the_command_line_as_json(

@@ -25,10 +25,11 @@ IMPORTS = {
     "preflight": {"config", "shards", "distributed"},
     "scoring": {"distributed", "diffusion"},
     "eval_hellaswag": {"config", "model", "shards", "checkpoint", "distributed", "scoring"},
-    "chat": {"config", "model", "inference", "shards", "checkpoint", "diffusion"},
+    "terminal": set(),
+    "chat": {"config", "model", "inference", "shards", "checkpoint", "diffusion", "terminal"},
 }
 IMPORTS["plan"] = {"model", "shards", "distributed", "optimizers", "metrics", "diffusion"}
-IMPORTS["training"] = IMPORTS.keys() - {"chat", "data_pipeline", "inference"}
+IMPORTS["training"] = IMPORTS.keys() - {"chat", "terminal", "data_pipeline", "inference"}
 EXTRAS = (
     "convert_hf",
     "eval_lm_harness",
