@@ -1101,3 +1101,28 @@ def test_download_survives_20_kills(hub, tmp_path):
     ]
     assert cli("verify", f"--out_dir={tmp_path}/d").returncode == 0
     assert sorted(path.name for path in (tmp_path / "d").iterdir() if path.suffix != ".bin") == ["meta.json"]
+
+
+ODD_LINES = {
+    "plain": b'{"text": "a\\n\\u00e9 \xc3\xa9"}',
+    "lone surrogate": b'{"text": "a \\ud800 b"}',
+    "NaN beside it": b'{"score": NaN, "text": "a"}',
+    "large number": b'{"id": 123456789012345678901234567890, "text": "a"}',
+    "key twice": b'{"text": "a", "text": "b"}',
+    "invalid UTF-8": b'{"text": "caf\xe9"}',
+    "byte order mark": b'\xef\xbb\xbf{"text": "a"}',
+    "control character": b'{"text": "a\x01"}',
+    "torn": b'{"text": "a',
+    "nested": b'{"x": ' + b"[" * 1500 + b"]" * 1500 + b', "text": "a"}',
+    "a list": b'["a"]',
+}
+
+
+@pytest.mark.parametrize("case", ODD_LINES)
+def test_orjson_changes_neither_documents_nor_faults(case):
+    pytest.importorskip("orjson", reason="prepare reads with json alone")
+    with_orjson, without = data_pipeline.Encoder("bytes", "text"), data_pipeline.Encoder("bytes", "text")
+    without.parse = json.loads
+    chunk = data_pipeline.Chunk(0, 0, "lines", ODD_LINES[case], 0)
+    (tokens, *counts), (expected, *expected_counts) = with_orjson(chunk), without(chunk)
+    assert (tokens.tolist(), counts) == (expected.tolist(), expected_counts)

@@ -55,6 +55,7 @@ OPTIONAL = {
     "tokenizers",
     "gigatoken",
     "isal",
+    "orjson",
 }
 INDIRECT = {"requests": "tiktoken", "pyarrow": "datasets", "fsspec": "datasets"}  # comes with
 
