@@ -162,8 +162,12 @@ def answer_help(doc: str | None, sections: Mapping[str, str]) -> None:
 
     Reads the files instead of importing them: rooms import torch, which takes seconds.
     """
-    if not {"-h", "--help"} & set(sys.argv[1:]):
-        return
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        run(lambda: _print_help(doc, sections))
+        sys.exit(0)
+
+
+def _print_help(doc: str | None, sections: Mapping[str, str]) -> None:
     print(
         f"usage: {USAGE % {'prog': Path(sys.argv[0]).name}}\n\n{doc}\noptions (`none` clears one; 10e9, 500M are numbers):"
     )
@@ -174,7 +178,7 @@ def answer_help(doc: str | None, sections: Mapping[str, str]) -> None:
         print(f"\n[{section}] {(ast.get_docstring(body) or '').splitlines()[0]}")
         for option, (default, comment) in field_table(source, body).items():
             print(f"  --{option:<18} {comment} [{default}]")
-    sys.exit(0)
+    sys.stdout.flush()
 
 
 def field_table(source: str, body: ast.ClassDef) -> dict[str, tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Text to token shards, token shards to batches.
+"""Text to token shards.
 
     python data_pipeline.py sample      # the Python reference inside every CPython, as bytes: no network, 1 second
     python data_pipeline.py download    # FineWeb-Edu, already tokenized: 100 shards = 10B tokens, 20 GB
@@ -10,7 +10,7 @@
 
 A dataset is a folder of llm.c shards (train_000000.bin ..., val_000000.bin ...) and meta.json, which is written last:
 tokenizer, source, and tokens, documents, size and sha256 of each shard. Every document is followed by the eot token.
-training.py reads it through TokenLoader and validation_batches.
+training.py reads it through shards.py.
 
 prepare is several times as fast with `pip install gigatoken isal orjson`: gigatoken is used only where it gives tiktoken's
 tokens on a check, isal unpacks .gz, orjson reads JSON.
