@@ -14,7 +14,6 @@ after it. What you type is kept in ~/.local/state/nano416/chat_history.
 import codecs
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 import json
@@ -199,7 +198,7 @@ def load(path: str, options: Options) -> Voice:
     if options.compile and not device.startswith("cuda"):
         raise ValueError(f"compile = true is for a GPU, the device is {device}; leave it out")
     model, meta = checkpoint.load_model(path, device)
-    tokenizer = load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256"))
+    tokenizer = load_tokenizer(meta["tokenizer"])
     dtype = options.dtype or ("fp32" if device == "cpu" else "bf16")
     size = model.num_params(), bytes_per_token(model, dtype)  # of the weights as they are before they are packed
     prepare(model, dtype)
@@ -346,7 +345,7 @@ def set_option(session: Session, argument: str) -> None:
     name, _, value = argument.replace("=", " ", 1).partition(" ")
     name, values = name.strip("-").replace("-", "_"), asdict(session.options)  # --top-k as on the command line
     if name and name not in values:
-        raise unknown("option", name, values, "/set lists them")
+        raise ValueError(config.unknown("option", name, values, "/set lists them"))
     if not value:
         shown = [name] if name else values
         print("\n".join(f"{key} {'none' if values[key] is None else values[key]}" for key in shown))
@@ -549,14 +548,8 @@ def run_command(session: Session, line: str) -> None:
     """Do what a line that begins with a slash says."""
     name, _, argument = line.strip().partition(" ")
     if name not in COMMANDS:
-        raise unknown("command", name, COMMANDS, "/help lists them")
+        raise ValueError(config.unknown("command", name, COMMANDS, "/help lists them"))
     COMMANDS[name](session, argument.strip())
-
-
-def unknown(kind: str, name: str, known: Iterable[str], advice: str) -> ValueError:
-    """The error for a name that is none of `known`."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return ValueError(f"unknown {kind} {name}; " + (f"did you mean {near[0]}?" if near else advice))
 
 
 # ---- The conversation ------------------------------------------------------------------------------------------------

@@ -50,11 +50,11 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            name = unknown[0].split("=")[0]
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            name = rest[0].split("=")[0]
             if name.startswith("-"):
-                self.error(_unknown("option", name, self._option_string_actions))
+                self.error(unknown("option", name, self._option_string_actions))
             self.error(f"unexpected argument {name!r}; options are written --name=value, see --help")
         return parsed
 
@@ -215,7 +215,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "", root: type
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
-            raise ConfigError(_unknown("key", f"{where}{key}", _dotted_names(root or cls)))
+            raise ConfigError(unknown("key", f"{where}{key}", _dotted_names(root or cls)))
     values = {}
     for key, value in data.items():
         if is_dataclass(hints[key]):
@@ -261,12 +261,13 @@ def _dotted_names(cls: type) -> list[str]:
     return [f"{name}.{f.name}" for name in sections for f in fields(sections[name])] or [f.name for f in fields(cls)]
 
 
-def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
+def unknown(kind: str, name: str, known: Iterable[str], advice: str = "--help lists them all") -> str:
+    """What to say of a name that is none of `known`: the nearest of them, or `advice`."""
     known = [k for k in known if k not in ("-h", "--help")]
     last = name.split(".")[-1].strip("-")
     near = [k for k in known if k.split(".")[-1] == last] or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     near = near or [k for k in known if last and last in k][:3]
-    return f"unknown {kind} {name}; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists them all")
+    return f"unknown {kind} {name}; " + (f"did you mean {' or '.join(near)}?" if near else advice)
 
 
 def _show(value: Any) -> str:

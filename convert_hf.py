@@ -101,7 +101,7 @@ def export(source: str, out_dir: str | Path, dtype: str = "fp32", shard_bytes: i
     model, meta = checkpoint.load_model(source)
     if not model.config.causal:
         raise ValueError(f"{source} sees the text on both sides (causal = false), which Llama and Qwen3 models do not")
-    tokenizer = load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256"))
+    tokenizer = load_tokenizer(meta["tokenizer"])
     out_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.absolute().parent) as folder:
         partial = Path(folder) / "hf"

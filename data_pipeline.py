@@ -822,7 +822,7 @@ def info(
         print(f"  {split:5} {sum(s['tokens'] for s in shards):>15,} tokens in {len(shards)} shards  {documents}")
     first = dataset.read((dataset.shards("train") or dataset.meta["shards"])[0])[:100]
     try:
-        text = load_tokenizer(name, dataset.tokenizer["sha256"]).decode(first.tolist())
+        text = load_tokenizer(dataset.tokenizer).decode(first.tolist())
     except ValueError as error:  # the shards are fine without the vocabulary
         text = f"(text not shown: {error})"
     print("  begins: " + _printable(text))
@@ -897,10 +897,7 @@ def _item_words(path: str) -> list[list[bytes]]:
 
 def _contaminated(dataset: Dataset, number: int, ngrams: Ngrams) -> tuple[int, list[tuple[int, int, int]]]:
     """(documents that begin in train shard `number`, [(begin, end, item)] of the contaminated ones, in tokens)."""
-    tokenizer, eot_id = (
-        load_tokenizer(dataset.tokenizer["name"], dataset.tokenizer["sha256"]),
-        dataset.tokenizer["eot_id"],
-    )
+    tokenizer, eot_id = load_tokenizer(dataset.tokenizer), dataset.tokenizer["eot_id"]
     shards = dataset.shards("train")
     before = read_shard(dataset.folder / shards[number - 1]["file"])[-1] if number else eot_id
     tokens = dataset.read(shards[number])

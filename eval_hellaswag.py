@@ -268,7 +268,7 @@ def load(path: str | Path, device: torch.device) -> tuple[Any, Any, dict[str, An
     if str(path).startswith("hf:"):
         return load_hugging_face(str(path)[3:], device)
     model, meta = checkpoint.load_model(path, device)
-    return model, load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256")), meta
+    return model, load_tokenizer(meta["tokenizer"]), meta
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

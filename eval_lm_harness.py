@@ -13,12 +13,11 @@ core (the 13 settings of Marin's CORE_TASKS) and marin (core, and MMLU with 0 an
 
 # Tensor dimensions: B batch, T tokens, S cached tokens, V vocabulary
 
-import difflib
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from config import ArgumentParser, run
+from config import ArgumentParser, run, unknown
 
 CORE = {  # task: shots, Marin's CORE_TASKS, a part of DCLM's core (arXiv:2406.11794, p. 43)
     "agieval_lsat_ar": (3,),
@@ -201,10 +200,7 @@ def check(runs: dict[int | None, list[str]], manager: Any) -> None:
     """Raise ValueError for a task that the harness does not know, with the nearest that it does."""
     for name in {name for tasks in runs.values() for name in tasks}:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            raise ValueError(
-                f"unknown task {name}; " + (f"did you mean {near[0]}?" if near else "see `lm_eval ls tasks`")
-            )
+            raise ValueError(unknown("task", name, manager.all_tasks, "see `lm_eval ls tasks`"))
 
 
 def evaluate(lm: Any, tasks: list[str], shots: int | None, args: Any, manager: Any, is_main: bool) -> None:

@@ -95,11 +95,12 @@ class Tokenizer:
         return {"name": self.name, "vocab_size": self.vocab_size, "eot_id": self.eot_id, "sha256": sha256}
 
 
-def load_tokenizer(name: str, sha256: str | None = None) -> Tokenizer:
+def load_tokenizer(identity: str | Mapping[str, Any]) -> Tokenizer:
     """ "gpt2", "bytes", any tiktoken encoding, or a tokenizer.json: its path, its folder, or a Hugging Face model id.
 
-    ValueError if `sha256` is given and is not that of its ranks.
+    Or what `info` says of one, as in meta.json and checkpoints: ValueError if its ranks are others here.
     """
+    name, sha256 = (identity, None) if isinstance(identity, str) else (identity["name"], identity.get("sha256"))
     if name == "bytes":
         encoding = _bytes_encoding()
     else:

@@ -334,7 +334,7 @@ def _losses(loss_sum: float, n_tokens: float, n_bytes: float) -> tuple[float, fl
 def eval_only(cfg: Config, dist: Dist) -> None:
     """Print loss, perplexity and bits per byte of the checkpoint cfg.train.eval_only on the validation parts of the sources."""
     model, meta = checkpoint.load_model(cfg.train.eval_only or "", dist.device)
-    tokenizer = load_tokenizer(meta["tokenizer"]["name"], meta["tokenizer"].get("sha256"))
+    tokenizer = load_tokenizer(meta["tokenizer"])
     for source in cfg.data.sources:
         if (theirs := Dataset(source).tokenizer)["name"] != tokenizer.name:
             raise ValueError(
@@ -434,7 +434,7 @@ def open_data(cfg: Config, dist: Dist) -> tuple[Config, Plan, TokenLoader]:
 def tokenizer_if_there(loader: TokenLoader, log: metrics.MetricsLog) -> Tokenizer | None:
     """Training itself needs no tokenizer; bits per byte, samples and HellaSwag do."""
     try:
-        return load_tokenizer(loader.tokenizer["name"], loader.tokenizer.get("sha256"))
+        return load_tokenizer(loader.tokenizer)
     except ValueError as error:
         log.line(f"no val_bpb, samples and HellaSwag: {error}")
         return None

@@ -107,7 +107,7 @@ def test_gpt2(monkeypatch):
 
 def test_another_tokenizer_is_refused():
     with pytest.raises(ValueError, match=r"'bytes'.*000000000000"):
-        load_tokenizer("bytes", "0" * 64)
+        load_tokenizer({"name": "bytes", "sha256": "0" * 64})
 
 
 def test_offline_vocabulary_is_one_clear_line(tmp_path):
@@ -166,11 +166,11 @@ def test_a_tokenizer_json(tmp_path):
     tokens = all_tokens(tmp_path / "d", "train")
     assert tokenizer.decode(tokens.tolist()) == "".join(text + "<|endoftext|>" for text in DOCUMENTS)
     info = Dataset(tmp_path / "d").tokenizer
-    assert load_tokenizer(info["name"], info["sha256"]).vocab_size == tokenizer.vocab_size
+    assert load_tokenizer(info).vocab_size == tokenizer.vocab_size
     made.add_tokens(["another"])
     made.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="was made with"):
-        load_tokenizer(info["name"], info["sha256"])
+        load_tokenizer(info)
 
 
 # ---- Shards
