@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from shards import TokenLoader, load_tokenizer
 
 TEXTBOOKS = Path(__file__).resolve().parent.parent / "shared" / "data" / "textbooks"
 ITEMS = TEXTBOOKS.parent / "hellaswag_val_2000.jsonl"
-NUMPY, SEED = "tiktoken to numpy, 1 core", "the seed's way"
+NUMPY, NUMPY_EVERYWHERE, SEED = "tiktoken to numpy, 1 core", "tiktoken to numpy, all cores", "the seed's way"
 
 
 def best(rounds: int, work: Callable[[], Any]) -> float:
@@ -81,6 +82,10 @@ def data_benchmark(source: str, repeat: int, rounds: int, folder: Path) -> dict[
     some = documents[: len(documents) // repeat]  # in-memory text, to arrays; one copy of it shows their rate
     load_tokenizer("gpt2")
     measure(NUMPY, lambda: _numpy_way(some), 1 / repeat)
+    with ProcessPoolExecutor(_cores(), multiprocessing.get_context("spawn")) as pool:
+        everywhere = [some] * _cores()
+        list(pool.map(_numpy_way, everywhere))  # starts the processes
+        measure(NUMPY_EVERYWHERE, lambda: list(pool.map(_numpy_way, everywhere)), _cores() / repeat)
     measure(SEED, lambda: _seed_way(some, folder), 1 / repeat)
     measure("build-nanogpt's way", lambda: _build_nanogpt_way(some), 1 / repeat)
     for name, fast in ("tiktoken", False), ("fast encoder", True):
@@ -203,6 +208,7 @@ def data_report(rates: dict[str, float]) -> str:
     cores, search = rates["cores"], rates["decontaminate_tokens_per_s"]
     lines = [
         f"prepare with tiktoken / (cores x its rate on one): {slow / cores / rates[NUMPY]:.2f}",
+        f"... / what {cores:.0f} processes reach that only encode:       {slow / rates[NUMPY_EVERYWHERE]:.2f}",
         f"prepare with the fast encoder / the seed's way:    {fast / rates[SEED]:.1f}",
         f"peak memory of prepare with 2 workers:             {rates['prepare_peak_gb']:.2f} GB",
         f"10B tokens on {cores:.0f} cores like these:              {45e3 / fast / 60:.0f} minutes",
@@ -575,7 +581,7 @@ def main() -> None:
         "section", choices=["train", "data", "checkpoint", "hellaswag", "decode"], help="what to measure"
     )
     parser.add_argument("--source", default="", help="JSONL files of text (default: ../shared/data/textbooks/train*)")
-    parser.add_argument("--repeat", type=int, default=40, help="times to read the source, for enough text [40]")
+    parser.add_argument("--repeat", type=int, default=80, help="times to read the source, for enough text [80]")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of which the best counts [2]")
     parser.add_argument("--data", default=str(ITEMS), help="HellaSwag items (.jsonl) (default: ../shared/data)")
     parser.add_argument("--num_examples", type=int, default=150, help="the first N of them [150]")

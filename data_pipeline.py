@@ -479,7 +479,7 @@ def choose_encoder(tokenizer: str, text_key: str, probe: Iterable[Chunk]) -> tup
 
 
 def _encode_all(chunks: Iterator[Chunk], setup: tuple[str, str, bool], workers: int) -> Iterator[tuple[Chunk, Encoded]]:
-    """In the order of the chunks, whatever the number of workers; at most 2 chunks per worker are in memory."""
+    """In the order of the chunks, whatever the number of workers; at most 8 chunks per worker are in memory."""
     if workers == 1:
         encoder = Encoder(*setup)
         yield from ((chunk._replace(data=None), encoder(chunk)) for chunk in chunks)
@@ -490,7 +490,7 @@ def _encode_all(chunks: Iterator[Chunk], setup: tuple[str, str, bool], workers: 
     try:
         for chunk in chunks:
             waiting.append((chunk._replace(data=None), pool.submit(_encode, chunk)))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > 8 * workers:
                 yield waiting[0][0], waiting.popleft()[1].result()
         while waiting:
             yield waiting[0][0], waiting.popleft()[1].result()
