@@ -194,13 +194,13 @@ def test_evaluating_leaves_the_mode_of_the_model(training):
     assert model.training is training
 
 
-def test_accuracies_of_these_numbers():
-    items = [Item("", ["aa", "bbbb", "c", "d"], 1), Item("", ["aa", "bbbb", "c", "d"], 2), Item("", ["a"] * 4, 0)]
+def test_acc_takes_the_likeliest_ending_and_acc_norm_the_likeliest_per_character():
+    items = [Item("", ["ué", "bbbb", "c", "d"], 1), Item("", ["aa", "bbbb", "c", "d"], 2), Item("", ["a"] * 4, 0)]
     sums = {0: [-3.0, -4.0, -9.0, -9.0], 1: [-3.0, -4.0, -1.0, -9.0], 2: [-1.0, -1.0, -1.0, -1.0]}
     n_tokens = {0: [1, 1, 1, 1], 1: [3, 4, 1, 10], 2: [1, 1, 1, 1]}
     scores = result(items, sums, n_tokens)
     # acc: 0 is wrong (-3 beats -4), 1 right, 2 a tie that the first wins, as numpy's argmax.
-    # acc_norm: 0 right (-4/4 beats -3/2), 1: -1.5 -1 -1 -9 is a tie won by ending 1, wrong.
+    # acc_norm: 0 right (-4/4 beats -3/2: characters, not bytes), 1: -1.5 -1 -1 -9 is a tie won by ending 1, wrong.
     # token mean: 0 wrong, 1: -1 -1 -1 -0.9, wrong.
     assert [scores[key] for key in ("acc", "acc_norm", "acc_token_mean")] == pytest.approx([2 / 3, 2 / 3, 1 / 3])
     assert scores["acc_stderr"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))
