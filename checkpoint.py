@@ -92,26 +92,25 @@ def find(path: str | Path) -> Path:
         )
     if path.exists():
         return path
-    if hub := HUB_ID.fullmatch(str(path)):
+    if (hub := HUB_ID.fullmatch(str(path))) and not path.parent.exists():  # runs/typo is no repository of a user "runs"
         return _from_hub(hub[1], hub[2])
     raise ValueError(f"no checkpoint at {path}: neither a file nor a run directory")
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        names = [name for name in HfApi().list_repo_files(repo, revision=revision) if name.endswith(".pt")]
-        if not names:
-            raise ValueError(f"no checkpoint at {repo}: the Hub repository of that name holds no .pt file")
-        newest = max(names, key=lambda name: [int(part) for part in re.findall(r"\d+", name)] or [-1])
-        return Path(hf_hub_download(repo, newest, revision=revision))
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no answer")
-        raise ValueError(f"no checkpoint at {repo}: no such file or folder, and the Hub says {status}") from error
-    except OSError as error:
-        raise ValueError(f"no checkpoint at {repo}: no such file or folder, and the Hub cannot be reached") from error
+        listing = HfApi().repo_info(repo, revision=revision).siblings or []
+        names = [file.rfilename for file in listing if file.rfilename.endswith(".pt")]
+        newest = max(names, key=lambda name: [int(part) for part in re.findall(r"\d+", name)] or [-1], default=None)
+        if newest:
+            return Path(hf_hub_download(repo, newest, revision=revision))
+    except Exception as error:  # the hub client's, its HTTP library's
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        answer = f"the Hub says {status}" if status else "the Hub cannot be reached"
+        raise ValueError(f"no checkpoint at {repo}: no such file or folder, and {answer}") from error
+    raise ValueError(f"no checkpoint at {repo}: the Hub repository of that name holds no .pt file")
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -168,6 +168,24 @@ def test_a_path_that_is_nothing_is_named(name):
         checkpoint.find(name)
 
 
+def test_a_mistyped_run_is_not_looked_for_on_the_hub_and_a_silent_hub_is_one_line(tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    class ConnectError(Exception):
+        """As the hub client's HTTP library has it: no OSError."""
+
+    def refused(*_, **__):
+        raise ConnectError("Name or service not known")
+
+    monkeypatch.setattr(HfApi, "repo_info", refused)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="someone/run: no such file or folder, and the Hub cannot be reached"):
+        checkpoint.find("someone/run")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match="runs/typo: neither a file nor a run directory"):
+        checkpoint.find("runs/typo")
+
+
 # ---- What is broken is named -----------------------------------------------------------------------------------------
 
 
