@@ -432,17 +432,17 @@ def training_options(config: ModelConfig) -> str:
 @contextlib.contextmanager
 def reaching(what: str) -> Iterator[None]:
     """What goes wrong with the Hub, as one line."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         yield
     except HFValidationError as error:
         raise ValueError(f"{what} is no name of a Hub repository; write USER/NAME or USER/NAME@REVISION") from error
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no answer")
+    except Exception as error:  # the hub client's, its HTTP library's
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is None:
+            raise ValueError(f"{what}: the Hub cannot be reached, and no such folder is here ({error})") from error
         raise ValueError(f"{what}: the Hub says {status}; check the name, and `hf auth login` for your own") from error
-    except OSError as error:
-        raise ValueError(f"{what}: the Hub cannot be reached, and no such folder is here ({error})") from error
 
 
 def push(folder: str, repo: str, private: bool = False) -> str:

@@ -503,6 +503,12 @@ def test_to_the_hub_and_back_at_a_pinned_revision(hub, tmp_path):
     assert torch.equal(again.norm.weight, model.norm.weight) and "pytorch_model.bin:0" not in server.asked
 
 
+def test_a_silent_hub_is_one_line():
+    """Newer clients' network errors are no OSErrors."""
+    with pytest.raises(ValueError, match="a/b: the Hub cannot be reached"), convert_hf.reaching("a/b"):
+        raise Exception("Name or service not known")
+
+
 def test_a_hub_that_does_not_have_it_is_one_line(hub, tmp_path):
     command, _ = hub
     done = command("pull", "me/none", "x")
