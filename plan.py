@@ -6,6 +6,7 @@ print(describe(plan, cfg, dist))           # what `training.py --dry_run` prints
 """
 
 import importlib.util
+import os
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -165,7 +166,7 @@ def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
         f"batch      {cfg.train.batch_tokens:,} tokens = {plan.batch_size} sequences x {cfg.model.seq_len} tokens x "
         f"{plan.micro_steps} micro-steps x {dist.data_size} processes",
         f"run        {plan.steps:,} steps, {tokens:,} tokens ({tokens / plan.params:.1f} per parameter{epochs}), {flops:.3g} FLOP",
-        f"memory     {expected_memory_gb(plan, cfg, dist):.1f} GB per process",
+        f"memory     {expected_memory_gb(plan, cfg, dist):.1f} GB per process, here are {memory_gb(dist.device):.0f} GB",
         f"disk       {saves} checkpoints of {12 * plan.params / 1e9:.2f} GB in {cfg.train.run_dir}",
     ]
     if speed := expected_tokens_per_s(plan, dist):
@@ -209,9 +210,16 @@ def expected_to_fit(plan: Plan, cfg: Config, dist: Dist) -> int:
     """What batch_size "auto" will find, by the plan's own arithmetic."""
     if dist.device.type != "cuda":
         return CPU_AUTO
-    room = MEMORY_SHARE * torch.cuda.mem_get_info()[1] / 1e9
+    room = MEMORY_SHARE * memory_gb(dist.device)
     fits = (n for n in range(MAX_AUTO, 0, -1) if expected_memory_gb(replace(plan, batch_size=n), cfg, dist) < room)
     return next(fits, 1)
+
+
+def memory_gb(device: torch.device) -> float:
+    """All memory of this GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[1] / 1e9
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 def with_vocabulary(cfg: Config, data_vocab: int | None) -> Config:

@@ -59,6 +59,7 @@ from plan import (
     expected_to_fit,
     expected_tokens_per_s,
     make_plan,
+    memory_gb,
     uses_bf16,
     uses_compiler,
     with_vocabulary,
@@ -238,10 +239,8 @@ def largest_that_fits(model: Transformer, cfg: Config, plan: Plan, dist: Dist) -
     """Sequences per micro-step for which a forward and a backward pass fit in the memory of every rank's GPU, by trying."""
     if dist.device.type != "cuda":
         return CPU_AUTO
-    size = plan.batch_size
-    room = (
-        MEMORY_SHARE * torch.cuda.mem_get_info()[1] - 20 * plan.params / dist.parts
-    )  # AdamW's or Muon's state to come
+    size, states = plan.batch_size, 20 * plan.params / dist.parts  # bytes of AdamW's or Muon's state to come
+    room = 1e9 * MEMORY_SHARE * memory_gb(dist.device) - states
     while size > 1:
         torch.cuda.reset_peak_memory_stats()
         try:
