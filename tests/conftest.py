@@ -1,5 +1,6 @@
 """Shared by all tests: small shapes, the byte tokenizer, and where the shared data lie."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+import metrics
+import training
 from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,3 +52,18 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is absent")
     return path
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a run collects garbage at its end, which took longer than the run where all modules were searched
+
+
+@pytest.fixture
+def no_plots(monkeypatch) -> None:
+    """Runs draw no pictures, which take a second each."""
+    monkeypatch.setattr(metrics, "plot", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch) -> None:
+    monkeypatch.setattr(training, "SAMPLE_TOKENS", 16)  # of 200 that a run ends with

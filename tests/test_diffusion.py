@@ -14,8 +14,9 @@ import pexpect
 import pytest
 import torch
 from conftest import tiny_model
+from processes import ranks
 from test_chat import end, session_of, terminal, write_checkpoint
-from test_training import arguments, losses, run, same_run, same_weights, torchrun
+from test_training import arguments, losses, run, same_run, same_weights
 from torch import Tensor
 
 import chat
@@ -486,7 +487,7 @@ def test_a_run_resumes_as_if_nothing_had_happened(undisturbed, data, tmp_path):
 
 
 def test_two_processes_are_the_same_run_as_one(undisturbed, data, tmp_path):
-    torchrun(2, arguments(data, tmp_path / "two", *MDM))
+    ranks(2, ["training.py", *arguments(data, tmp_path / "two", *MDM)])
     same_run(tmp_path / "two", undisturbed)
 
 

@@ -4,8 +4,6 @@ import gc
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import get_args
@@ -13,7 +11,8 @@ from typing import get_args
 import pytest
 import torch
 from conftest import tiny_model
-from test_training import ROOT, data  # noqa: F401  # the fixture
+from processes import ranks
+from test_training import data  # noqa: F401  # the fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,14 +23,11 @@ import training
 from config import parse_config
 
 SHAPE = ["--dim=32", "--n_layers=3", "--n_heads=4", "--n_kv_heads=2", "--seq_len=32", "--qk_norm", "--dtype=fp32"]
-BATCH = ["--batch_size=2", "--batch_tokens=512", "--max_steps=20", "--max_lr=3e-3", "--grad_clip=0.3", "--ema=0.9"]
-OFTEN = ["--log_every=1", "--eval_every=10", "--eval_tokens=2000", "--checkpoint_every=7", "--sample_every=0"]
-LAUNCH = [sys.executable, "-m", "torch.distributed.run"]
+BATCH = ["--batch_size=2", "--batch_tokens=512", "--max_steps=6", "--max_lr=3e-3", "--grad_clip=0.3", "--ema=0.9"]
+OFTEN = ["--log_every=1", "--eval_every=3", "--eval_tokens=600", "--checkpoint_every=2", "--sample_every=0"]
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    monkeypatch.setattr(metrics, "plot", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")
@@ -62,38 +58,15 @@ def arguments(data: Path, items: Path, run_dir: Path, *extra: str) -> list[str]:
     return [*SHAPE, *BATCH, *OFTEN, f"--sources={data}", f"--hellaswag={items}", f"--run_dir={run_dir}", *extra]
 
 
-def launch(command: list[str], processes: int, nodes: int = 1) -> str:
-    """Run a script on `processes` ranks, as one node or as several that meet on this machine. Returns what it printed."""
-    where = ["--standalone"]
-    if nodes > 1:
-        where = [f"--nnodes={nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}", "--rdzv_id=x"]
-    each = [*LAUNCH, *where, f"--nproc_per_node={processes // nodes}", *command]
-    running = [
-        subprocess.Popen(each, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(nodes)
-    ]
-    said = [node.communicate(timeout=180) for node in running]
-    assert all(node.returncode == 0 for node in running), "\n".join(error[-3000:] for _, error in said)
-    return "".join(out for out, _ in said)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 def values(run_dir: Path, key: str) -> list[float]:
     return [row[key] for row in metrics.read_metrics(run_dir) if key in row]
 
 
 def same_run(a: Path, b: Path, optimizer: str) -> None:
     """Losses within 1e-4, the same text (Muon's bf16 products may tip a drawn token), the same HellaSwag scores, and checkpoints of the same names and shapes."""
-    for key, count in (("loss", 20), ("val_loss", 3), ("hellaswag_acc_norm", 3)):
+    for key, count in (("loss", 6), ("val_loss", 3), ("hellaswag_acc_norm", 3)):
         assert len(values(a, key)) == count and values(a, key) == pytest.approx(values(b, key), abs=1e-4), key
-    one, other = (checkpoint.read(checkpoint.path_of(run_dir, 20)) for run_dir in (a, b))
+    one, other = (checkpoint.read(checkpoint.path_of(run_dir, 6)) for run_dir in (a, b))
     assert one.keys() == other.keys() and one["optimizer"].keys() == other["optimizer"].keys()
     for part in ("model", "ema"):
         checkpoint.check_shapes(other[part], one[part], b)
@@ -101,6 +74,13 @@ def same_run(a: Path, b: Path, optimizer: str) -> None:
     texts = [[line for line in (d / "train.log").read_text().splitlines() if "sample: " in line] for d in (a, b)]
     assert len(texts[0]) == len(texts[1]) == 1 and (texts[0] == texts[1] or optimizer == "muon")
 
+
+HEAD = """
+import sys, torch, distributed, training
+from config import parse_config
+training.SAMPLE_TOKENS = 16
+"""
+RUN = HEAD + "training.main(parse_config(training.Config))"
 
 slow = pytest.mark.slow
 
@@ -125,40 +105,34 @@ slow = pytest.mark.slow
 )
 def test_every_mode_learns_what_one_process_learns(alone, data, items, tmp_path, optimizer, processes, nodes, mode):  # noqa: F811
     """Two layers' worth of matrices on four ranks, so that one has none; clipped, averaged, evaluated, sampled."""
-    launch(["training.py", *arguments(data, items, tmp_path, f"--optimizer={optimizer}", *mode)], processes, nodes)
+    ranks(processes, ["-c", RUN, *arguments(data, items, tmp_path, f"--optimizer={optimizer}", *mode)], nodes)
     same_run(tmp_path, alone(optimizer), optimizer)
 
 
 @slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_goes_on_in_another_mode(alone, data, items, tmp_path, optimizer):  # noqa: F811
-    """ddp on 2 processes to step 7, fsdp on 4 to step 14, one process to the end, each from the other's file."""
+    """ddp on 2 processes to step 2, fsdp on 4 to step 4, one process to the end, each from the other's file."""
     run_dir, done = tmp_path / "run", tmp_path / "done"
-    for step, processes, mode in ((0, 2, "ddp"), (7, 4, "fsdp"), (14, 1, "fsdp")):
+    for step, processes, mode in ((0, 2, "ddp"), (2, 4, "fsdp"), (4, 1, "fsdp")):
         for path in run_dir.glob("*") if step else []:
             if path.name == "final_metrics.json" or int("0" + "".join(filter(str.isdigit, path.stem))) > step:
                 path.unlink()
         command = arguments(data, items, run_dir, f"--optimizer={optimizer}", f"--parallel={mode}")
         if processes > 1:
-            said = launch(["training.py", *command], processes)
+            said = ranks(processes, ["-c", RUN, *command])
             assert not step or f"checkpoint_step_{step}.pt at step {step}" in said
         else:
             training.main(parse_config(training.Config, command))
     shutil.copytree(run_dir, done)
     assert values(done, "loss") == pytest.approx(values(alone(optimizer), "loss"), abs=1e-4)
-    for log in (
-        done / "train.log",
-        alone(optimizer) / "train.log",
-    ):  # the other modes repeated what they were to repeat
-        assert "done: 20 steps" in log.read_text()
+    assert "done: 6 steps" in (done / "train.log").read_text()
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, {root!r})
-import torch, distributed, training
-from config import parse_config
-held = {{}}
+HOLD = (
+    HEAD
+    + """
+held = {}
 
 def keep(name, value):
     held[name] = value
@@ -168,13 +142,19 @@ build, build_optimizer = distributed.build, training.build_optimizer
 distributed.build = lambda *args: keep("model", build(*args))
 training.build_optimizer = lambda *args: keep("optimizer", build_optimizer(*args))
 """
-COUNT = """
+)
+COUNT = (
+    HOLD
+    + """
 training.main(parse_config(training.Config))
 local = lambda x: x.to_local() if hasattr(x, "to_local") else x
 tensors = [*held["model"].parameters(), *(t for s in held["optimizer"].state.values() for t in s.values() if t.dim())]
 print("bytes", sum(local(t).numel() * local(t).element_size() for t in tensors), "of", sum(t.numel() * 4 for t in tensors))
 """
-POISON = """
+)
+POISON = (
+    HEAD
+    + """
 clip, done = training.clip_gradients, []
 
 def poisoned(model, max_norm):
@@ -186,6 +166,7 @@ def poisoned(model, max_norm):
 training.clip_gradients = poisoned
 training.main(parse_config(training.Config))
 """
+)
 
 
 @pytest.mark.parametrize(
@@ -198,9 +179,8 @@ training.main(parse_config(training.Config))
     ],
 )
 def test_each_rank_holds_its_part_of_weights_and_optimizer_state(data, items, tmp_path, processes, mode, parts):  # noqa: F811
-    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)) + COUNT)
     options = arguments(data, items, tmp_path / "run", "--max_steps=2", "--qk_norm=false", *mode)
-    out = launch([str(tmp_path / "script.py"), *options], processes)
+    out = ranks(processes, ["-c", COUNT, *options])
     found = [line.split() for line in out.splitlines() if line.startswith("bytes")]
     assert len(found) == processes
     for _, held, _, whole in found:  # the embedding is cut by fully_shard alone
@@ -210,7 +190,6 @@ def test_each_rank_holds_its_part_of_weights_and_optimizer_state(data, items, tm
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=slow)])
 def test_a_bad_number_in_one_part_is_skipped_by_all(data, items, tmp_path, optimizer):  # noqa: F811
-    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)) + POISON)
     plain = [
         f"--optimizer={optimizer}",
         "--schedule=constant",
@@ -218,8 +197,8 @@ def test_a_bad_number_in_one_part_is_skipped_by_all(data, items, tmp_path, optim
         "--parallel=fsdp",
         "--sample_every=0",
     ]
-    for script, steps in (("training.py", 2), (str(tmp_path / "script.py"), 4)):
-        launch([script, *arguments(data, items, tmp_path / str(steps), *plain, f"--max_steps={steps}")], 2)
+    for code, steps in ((RUN, 2), (POISON, 4)):
+        ranks(2, ["-c", code, *arguments(data, items, tmp_path / str(steps), *plain, f"--max_steps={steps}")])
     rows = metrics.read_metrics(tmp_path / "4")
     assert [row.get("skipped_steps") for row in rows if "loss" in row] == [None, None, 1, 1]
     two, four = (checkpoint.read(checkpoint.path_of(tmp_path / str(n), n))["model"] for n in (2, 4))
@@ -297,39 +276,41 @@ def test_any_number_of_ranks_trains_on_the_batch_in_tokens(world_size):
     assert 640 <= done < 640 * 1.25 and (done == 640 or 640 % world_size)
 
 
-PARTS = """
+PARTS = (
+    HEAD
+    + """
 import checkpoint
 checkpoint.fits = lambda n_params: False
 training.main(parse_config(training.Config))
 """
+)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=slow)])
 def test_a_checkpoint_in_parts_goes_on_anywhere_and_becomes_one_file(alone, data, items, tmp_path, optimizer):  # noqa: F811
-    """Written by two ranks to step 14, read by three (fsdp) and by one process; the file made of it holds the same."""
-    run_dir, script = tmp_path / "run", tmp_path / "script.py"
-    script.write_text(SCRIPT.format(root=str(ROOT)) + PARTS)
+    """Written by two ranks to step 4, read by three (fsdp) and by one process; the file made of it holds the same."""
+    run_dir = tmp_path / "run"
     command = arguments(data, items, run_dir, f"--optimizer={optimizer}", "--parallel=fsdp", "--hellaswag=none")
-    launch([str(script), *command], 2)
-    folder = run_dir / "checkpoint_step_14.pt"
+    ranks(2, ["-c", PARTS, *command])
+    folder = run_dir / "checkpoint_step_4.pt"
     assert folder.is_dir() and len(list(folder.glob("*.distcp"))) == 2 and not list(run_dir.glob(".*.tmp"))
-    shutil.rmtree(run_dir / "checkpoint_step_20.pt")
+    shutil.rmtree(run_dir / "checkpoint_step_6.pt")
     (run_dir / "final_metrics.json").unlink()
     shutil.copytree(run_dir, tmp_path / "three")
     shutil.copytree(run_dir, tmp_path / "file")
-    shutil.rmtree(tmp_path / "file/checkpoint_step_14.pt")
-    checkpoint.one_file(folder, tmp_path / "file/checkpoint_step_14.pt")
-    launch(["training.py", *command, f"--run_dir={tmp_path / 'three'}"], 3)
+    shutil.rmtree(tmp_path / "file/checkpoint_step_4.pt")
+    checkpoint.one_file(folder, tmp_path / "file/checkpoint_step_4.pt")
+    ranks(3, ["-c", RUN, *command, f"--run_dir={tmp_path / 'three'}"])
     for way in (run_dir, tmp_path / "file"):
         training.main(parse_config(training.Config, [*command, f"--run_dir={way}"]))
-    whole = checkpoint.read(checkpoint.path_of(alone(optimizer), 20))
+    whole = checkpoint.read(checkpoint.path_of(alone(optimizer), 6))
     for way in (run_dir, tmp_path / "three", tmp_path / "file"):
         assert values(way, "loss") == pytest.approx(values(alone(optimizer), "loss"), abs=1e-4)
-        ended = checkpoint.read(checkpoint.path_of(way, 20))
+        ended = checkpoint.read(checkpoint.path_of(way, 6))
         assert all(torch.allclose(ended["ema"][k], whole["ema"][k], atol=2e-3) for k in whole["ema"])
     model, meta = checkpoint.load_model(folder)
-    again, _ = checkpoint.load_model(tmp_path / "file/checkpoint_step_14.pt")
-    assert meta["step"] == 14 and all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    again, _ = checkpoint.load_model(tmp_path / "file/checkpoint_step_4.pt")
+    assert meta["step"] == 4 and all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
 def test_an_index_that_would_run_code_is_refused(tmp_path):
@@ -349,7 +330,9 @@ class Evil:
         return open, (str(self.path), "w")
 
 
-GRADIENTS = """
+GRADIENTS = (
+    HEAD
+    + """
 from model import ModelConfig, Transformer
 strategy, tensor_parallel = sys.argv[1:]
 dist = distributed.init(strategy=strategy, tensor_parallel=int(tensor_parallel))
@@ -372,6 +355,7 @@ for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=Tru
     assert (b.grad.full_tensor() - a.grad).abs().max() < 1e-5 * a.grad.abs().max(), name
 distributed.shutdown()
 """
+)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +367,6 @@ distributed.shutdown()
         pytest.param(4, 2, ["hsdp", "2"], marks=slow),
     ],
 )
-def test_the_gradient_in_parts_is_that_of_the_whole(tmp_path, processes, nodes, mode):
+def test_the_gradient_in_parts_is_that_of_the_whole(processes, nodes, mode):
     """Every parameter's, the gains of norms included, which each tensor_parallel rank sees a part of."""
-    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)) + GRADIENTS)
-    launch([str(tmp_path / "script.py"), *mode], processes, nodes)
+    ranks(processes, ["-c", GRADIENTS, *mode], nodes)

@@ -3,18 +3,15 @@
 import contextlib
 import json
 import math
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Process, python, ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
@@ -80,8 +77,8 @@ def undisturbed(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_further_plots(monkeypatch, undisturbed):
-    monkeypatch.setattr(metrics, "plot", lambda *_: None)  # a second each; `undisturbed` has drawn one
+def no_further_plots(no_plots, undisturbed):
+    """But that of `undisturbed`."""
 
 
 def test_a_run_learns_and_leaves_what_the_readme_lists(undisturbed):
@@ -135,14 +132,14 @@ def test_resuming_changes_nothing(undisturbed, data, tmp_path):
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(undisturbed, data, tmp_path):
     run_dir = tmp_path / "killed"
-    command = [sys.executable, "training.py", *arguments(data, run_dir)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not checkpoint.latest(run_dir) and process.poll() is None:
+    command = ["training.py", *arguments(data, run_dir)]
+    process = Process(command)
+    while not checkpoint.latest(run_dir) and process.returncode is None:
         time.sleep(0.002)
     time.sleep(random.uniform(0, 0.1))
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
-    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    assert python(*command)[0] == 0
     assert losses(run_dir) == pytest.approx(losses(undisturbed), abs=0)
     assert same_weights(run_dir, undisturbed)
 
@@ -168,7 +165,7 @@ def test_accumulating_micro_steps_is_the_same_as_one_large_batch(undisturbed, da
 
 def test_two_processes_are_the_same_run_as_one(undisturbed, data, tmp_path):
     run_dir = tmp_path / "distributed"
-    torchrun(2, arguments(data, run_dir))
+    ranks(2, ["training.py", *arguments(data, run_dir)])
     same_run(run_dir, undisturbed)
 
 
@@ -177,7 +174,7 @@ def test_two_processes_are_the_same_run_as_one_for_every_optimizer(name, data, t
     """Muon's ranks orthogonalise a share of the matrices each."""
     options = [f"--optimizer={name}", "--max_lr=1e-3", "--ema=0.9", "--z_loss=1e-4", "--zero_init"]
     run(data, tmp_path / "one", *options)
-    torchrun(2, arguments(data, tmp_path / "two", *options))
+    ranks(2, ["training.py", *arguments(data, tmp_path / "two", *options)])
     same_run(tmp_path / "two", tmp_path / "one")
 
 
@@ -187,12 +184,6 @@ def same_run(a: Path, b: Path) -> None:
     assert rows[0] == pytest.approx(rows[1], abs=1e-5)
     for name, tensor in weights(a).items():
         assert torch.allclose(tensor, weights(b)[name], atol=1e-4), name
-
-
-def torchrun(processes: int, args: list[str]) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "training.py", *args]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_weights_of_another_run_can_start_a_new_one(undisturbed, data, tmp_path):
@@ -289,7 +280,6 @@ def test_eval_only_refuses_data_of_another_tokenizer(undisturbed, data, tmp_path
 def test_a_run_with_an_average_evaluates_it_and_goes_on_with_the_weights(data, tmp_path):
     options = ["--ema=0.5", "--dtype=fp32"]
     run(data, tmp_path / "whole", *options)
-    run(data, tmp_path / "parts", *options, "--max_steps=4", "--schedule=constant")
     state = checkpoint.read(checkpoint.path_of(tmp_path / "whole", 6))
     assert state["ema_updates"] == 6 and state["ema"].keys() == state["model"].keys()
     model, _ = checkpoint.load_model(tmp_path / "whole")
