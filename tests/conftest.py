@@ -2,12 +2,14 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import data_pipeline
 import metrics
 import training
 from model import ModelConfig, Transformer
@@ -54,14 +56,24 @@ def shared(name: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """The sample corpus, prepared. Who damages it damages a copy."""
+    folder = tmp_path_factory.mktemp("data") / "sample"
+    data_pipeline.sample(folder)
+    return folder
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # a run collects garbage at its end, which took longer than the run where all modules were searched
 
 
-@pytest.fixture
-def no_plots(monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def no_plots() -> Iterator[None]:
     """Runs draw no pictures, which take a second each."""
-    monkeypatch.setattr(metrics, "plot", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "plot", lambda *_: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

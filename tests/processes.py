@@ -3,6 +3,7 @@
 They can be killed and be ranks of a run like any other. What `python` and torchrun themselves do is tested with those.
 """
 
+import contextlib
 import gc
 import multiprocessing
 import multiprocessing.forkserver
@@ -50,7 +51,8 @@ class Process:
         return self.process.exitcode
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import ROOT, tiny_config, tiny_model
+from processes import python
 
 import chat
 import checkpoint
@@ -466,15 +467,13 @@ def hub(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {
-        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x",
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x",
         "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }  # fmt: skip
 
-    def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, ROOT / "convert_hf.py", *arguments], env=env, capture_output=True, text=True, timeout=120
-        )
+    def command(*arguments: str) -> tuple[int, str, str]:
+        return python("convert_hf.py", *arguments, **env)
 
     yield command, Hub
     server.shutdown()
@@ -484,21 +483,21 @@ def test_to_the_hub_and_back_at_a_pinned_revision(hub, tmp_path):
     command, server = hub
     model = tiny_model(vocab_size=257)
     folder = exported(tmp_path, model)
-    done = command("push", str(folder), "me/mine")
-    assert done.returncode == 0, done.stderr
+    code, said, error = command("push", str(folder), "me/mine")
+    assert code == 0, error
     (sha,) = server.commits
-    assert done.stdout == f"pull it as me/mine@{sha}\n"
+    assert said == f"pull it as me/mine@{sha}\n"
     assert server.commits[sha] == {path.name: path.read_bytes() for path in folder.iterdir()}
     server.commits["f" * 40] = {**server.commits[sha], "README.md": b"changed", "pytorch_model.bin": b"a pickle"}
     server.breaks += ["model.safetensors"]  # the connection is lost halfway, once
-    done = command("pull", f"me/mine@{sha}", str(tmp_path / "pulled"))
-    assert done.returncode == 0, done.stderr
+    code, _, error = command("pull", f"me/mine@{sha}", str(tmp_path / "pulled"))
+    assert code == 0, error
     for path in folder.iterdir():
         assert (tmp_path / "pulled" / path.name).read_bytes() == path.read_bytes()
     parts = [int(part.split(":")[1]) for part in server.asked if part.startswith("model.safetensors")]
     assert len(parts) == 2  # asked again after the loss
-    done = command("import", "me/mine", str(tmp_path / "again.pt"))
-    assert done.returncode == 0 and f"me/mine@{'f' * 40}" in done.stdout, done.stderr
+    code, said, error = command("import", "me/mine", str(tmp_path / "again.pt"))
+    assert code == 0 and f"me/mine@{'f' * 40}" in said, error
     again = checkpoint.load_model(tmp_path / "again.pt")[0]
     assert torch.equal(again.norm.weight, model.norm.weight) and "pytorch_model.bin:0" not in server.asked
 
@@ -511,8 +510,8 @@ def test_a_silent_hub_is_one_line():
 
 def test_a_hub_that_does_not_have_it_is_one_line(hub, tmp_path):
     command, _ = hub
-    done = command("pull", "me/none", "x")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "me/none: the Hub says 404" in done.stderr
+    code, _, error = command("pull", "me/none", "x")
+    assert (code, error.count("\n")) == (2, 1) and "me/none: the Hub says 404" in error
     with pytest.raises(ValueError, match="a/b/c is no name of a Hub repository"):
         convert_hf.import_hf("a/b/c", tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"has no config\.json"):
@@ -534,8 +533,8 @@ def test_a_published_checkpoint_of_the_seed_loads_by_its_hub_id(hub, tmp_path):
     torch.save(state, tmp_path / "seed.pt")
     command, server = hub
     server.commits["a" * 40] = {"checkpoint_step_15258.pt": (tmp_path / "seed.pt").read_bytes(), "README.md": b"x"}
-    done = command("export", "me/mine", str(tmp_path / "hf"))
-    if "cannot fetch the vocabulary" in done.stderr:
+    code, _, error = command("export", "me/mine", str(tmp_path / "hf"))
+    if "cannot fetch the vocabulary" in error:
         pytest.skip("no vocabulary of gpt2")
-    assert done.returncode == 0, done.stderr
+    assert code == 0, error
     assert json.loads((tmp_path / "hf/config.json").read_text())["nano416"]["step"] == 15258

@@ -21,7 +21,6 @@ from torch import Tensor
 
 import chat
 import config
-import data_pipeline
 import diffusion
 import eval_hellaswag
 import metrics
@@ -32,6 +31,7 @@ from eval_hellaswag import Item
 from model import IGNORED, ModelConfig, Transformer
 from shards import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 V = 5  # tokens of the models whose texts are enumerated
 BOTH_SIDES = ModelConfig(dim=32, n_layers=2, n_heads=2, vocab_size=257, seq_len=64, causal=False)
 
@@ -39,13 +39,6 @@ BOTH_SIDES = ModelConfig(dim=32, n_layers=2, n_heads=2, vocab_size=257, seq_len=
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     return tiny_model(vocab_size=V, causal=False)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "sample"
-    data_pipeline.sample(folder)
-    return folder
 
 
 def noisy(
@@ -460,15 +453,10 @@ MDM = ["--objective=mdm", "--num_mc=2", "--stratified", "--random_length=0.1", "
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory) -> Path:
+def undisturbed(no_plots, data, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "mdm"
     run(data, run_dir, *MDM)
     return run_dir
-
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    monkeypatch.setattr(metrics, "plot", lambda *_: None)
 
 
 def test_a_run_learns_and_reports_its_bound_in_bits_per_byte(undisturbed):

@@ -34,8 +34,12 @@ def launch(house: Path, *arguments: str, **environment: str) -> subprocess.Compl
     return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=240)
 
 
-def test_from_nothing_to_a_model_that_answers(house):
-    first = launch(house, *SHORT)
+@pytest.fixture(scope="module")
+def first(house) -> subprocess.CompletedProcess[str]:
+    return launch(house, *SHORT)
+
+
+def test_from_nothing_to_a_model_that_answers(house, first):
     assert first.returncode == 0, first.stderr
     rows = [row for row in metrics.read_metrics(house / "runs/sample") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["loss"] < rows[0]["loss"]
@@ -48,8 +52,7 @@ def test_from_nothing_to_a_model_that_answers(house):
     assert "tokens/s" in answer.stdout
 
 
-def test_a_second_call_skips_what_is_done_and_more_steps_go_on(house):
-    launch(house, *SHORT)
+def test_a_second_call_skips_what_is_done_and_more_steps_go_on(house, first):
     written = (house / "data/sample/meta.json").stat().st_mtime_ns
     again = launch(house, *SHORT)
     assert again.returncode == 0 and "step 1/" not in again.stdout and "done: 4 steps" in again.stdout

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_safety import begin, data, no_plots, undisturbed, wait_for_step  # noqa: F401  # the fixtures
-from test_training import ROOT, arguments, losses, run, weights
+from conftest import ROOT
+from processes import python
+from test_safety import LONG, begin, command, undisturbed, wait_for_step  # noqa: F401  # the fixture
+from test_training import losses, run, weights
 
 import checkpoint
 import data_pipeline
 import metrics
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("no_plots")]
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -27,15 +29,25 @@ def children(process: subprocess.Popen) -> list[int]:
     return sorted(map(int, found.stdout.split()))
 
 
+def torchrun(data: Path, run_dir: Path, processes: int, *extra: str, **env: str) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if env:
+        launcher.append("--max_restarts=2")
+    started = [*launcher, *command(data, run_dir, *extra)]
+    return subprocess.Popen(
+        started, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_run_and_what_goes_on_is_the_same_to_the_last_bit(data, tmp_path):  # noqa: F811
-    process = begin(data, tmp_path / "run", "--save_interval=0.1", processes=4)
-    wait_for_step(process, 4)
+def test_a_rank_that_dies_ends_the_run_and_what_goes_on_is_the_same_to_the_last_bit(data, tmp_path):
+    process = torchrun(data, tmp_path / "run", 4, "--save_interval=0.1")
+    wait_for_step(process.stdout, 4)
     os.kill(children(process)[1], signal.SIGKILL)
     _, error = process.communicate(timeout=90)
     assert process.returncode != 0 and "SIGKILL" in error
     for run_dir in ("run", "undisturbed"):
-        process = begin(data, tmp_path / run_dir, processes=4)
+        process = torchrun(data, tmp_path / run_dir, 4)
         _, error = process.communicate(timeout=90)
         assert process.returncode == 0, error
     assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
@@ -44,9 +56,9 @@ def test_a_rank_that_dies_ends_the_run_and_what_goes_on_is_the_same_to_the_last_
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named_within_the_timeout(data, tmp_path):  # noqa: F811
-    process = begin(data, tmp_path, "--timeout=5", "--max_steps=100000", processes=2)
-    wait_for_step(process, 4)
+def test_a_rank_that_hangs_is_named_within_the_timeout(data, tmp_path):
+    process = torchrun(data, tmp_path, 2, "--timeout=5", "--max_steps=100000")
+    wait_for_step(process.stdout, 4)
     rank_1, started = children(process)[1], time.monotonic()
     os.kill(rank_1, signal.SIGSTOP)
     try:
@@ -63,11 +75,8 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(data, tmp_path):  # noqa:
 
 @pytest.mark.slow
 def test_torchrun_restarts_from_the_newest_checkpoint_by_itself(data, tmp_path, undisturbed):  # noqa: F811
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
-    command = [sys.executable, *launcher, "training.py", *arguments(data, tmp_path, "--max_steps=40")]
-    env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_step(process, 8)
+    process = torchrun(data, tmp_path, 2, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    wait_for_step(process.stdout, 8)
     os.kill(children(process)[0], signal.SIGKILL)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0 and "resumed" in out, error[-3000:]
@@ -86,7 +95,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_file_system_costs_checkpoints_not_the_run(data, small_disk, capsys):  # noqa: F811
+def test_a_full_file_system_costs_checkpoints_not_the_run(data, small_disk, capsys):
     process = begin(data, small_disk / "run", "--checkpoint_every=10")  # 0.45 MB each: the third does not fit
     out, error = process.communicate(timeout=90)
     assert process.returncode == 1 and "No space left on device" in out and "the last checkpoint is missing" in error
@@ -102,8 +111,8 @@ def test_preparing_on_a_full_file_system_is_one_line(small_disk, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("All work and no play makes Jack a dull boy.\n" * 60_000)
     options = [f"--source={text}", "--tokenizer=bytes", f"--out_dir={small_disk}/data", "--shard_tokens=200000"]
-    command = [sys.executable, "data_pipeline.py", "prepare", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    started = [sys.executable, "data_pipeline.py", "prepare", *options]
+    done = subprocess.run(started, cwd=ROOT, capture_output=True, text=True, timeout=90)
     assert done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (small_disk / "data/meta.json").exists() and not list((small_disk / "data").glob("*.tmp"))
 
@@ -113,7 +122,7 @@ def test_deleting_the_newest_checkpoint_goes_back_to_the_one_before(data, tmp_pa
     for path in (tmp_path / "run").glob("checkpoint_step_*.pt"):
         if int(path.stem.split("_")[-1]) > 30:
             path.unlink()
-    run(data, tmp_path / "run", "--max_steps=40")
+    run(data, tmp_path / "run", *LONG)
     assert losses(tmp_path / "run") == losses(undisturbed)
 
 
@@ -123,7 +132,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, undisturbed,
     raw = bytearray(newest.read_bytes())
     raw[len(raw) // 2] ^= 1
     newest.write_bytes(raw)
-    run(data, tmp_path / "run", "--max_steps=40")
+    run(data, tmp_path / "run", *LONG)
     out = capsys.readouterr().out
     assert "passed over" in out and "checkpoint_step_40.pt" in out and "at step 38" in out
     assert losses(tmp_path / "run") == losses(undisturbed) and checkpoint.read(newest)
@@ -132,7 +141,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, undisturbed,
 def test_a_clock_that_jumps_changes_nothing(data, tmp_path, undisturbed, monkeypatch):  # noqa: F811
     jumps = iter([0, 1e9, -1e9] * 100_000)
     monkeypatch.setattr(time, "time", lambda: 1.7e9 + next(jumps))
-    rows = run(data, tmp_path, "--max_steps=40", "--time_limit=10m")
+    rows = run(data, tmp_path, *LONG, "--time_limit=10m")
     assert losses(tmp_path) == losses(undisturbed) and all(row.get("tokens_per_s", 1) > 0 for row in rows)
 
 
@@ -143,12 +152,11 @@ def test_verify_finds_a_flipped_bit_anywhere_in_a_shard(tmp_path, position):
     raw = bytearray(shard.read_bytes())
     raw[1024 + position] ^= 1 << (position // 4_000)
     shard.write_bytes(raw)
-    done = subprocess.run([sys.executable, "data_pipeline.py", "verify", f"--out_dir={tmp_path}/data"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
-    assert done.returncode == 1 and "val_000000.bin" in done.stdout + done.stderr
+    code, said, _ = python("data_pipeline.py", "verify", f"--out_dir={tmp_path}/data")
+    assert code == 1 and "val_000000.bin" in said
 
 
-def test_a_read_only_run_directory_is_one_line(data, tmp_path):  # noqa: F811
+def test_a_read_only_run_directory_is_one_line(data, tmp_path):
     done = begin(data, Path("/proc/nowhere"))
     _, error = done.communicate(timeout=60)
     assert done.returncode == 2 and error.count("\n") == 1 and "/proc/nowhere" in error
@@ -159,7 +167,7 @@ def test_metrics_torn_by_a_kill_are_mended(data, tmp_path, undisturbed):  # noqa
     (tmp_path / "run/checkpoint_step_40.pt").unlink()
     with open(tmp_path / "run/metrics.jsonl", "a") as file:
         file.write('{"step": 41, "tok')
-    run(data, tmp_path / "run", "--max_steps=40")
+    run(data, tmp_path / "run", *LONG)
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert all(json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert metrics.read_metrics(tmp_path / "run")[-1]["step"] == 40

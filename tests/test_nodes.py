@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_parallel import free_port
-from test_training import ROOT, data, losses  # noqa: F401  # the fixture
+from conftest import ROOT
+from processes import free_port
+from test_training import losses
 
-import metrics
 import training
 from config import parse_config
 
 SCRIPTS = ("launch_training.sh", "slurm/train.sbatch", "tests/run.sh")
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("no_plots")]
 
 SRUN = """#!{python}
 # Slurm's srun for two machines that are one: starts the task on each, hands signals on.
@@ -50,7 +50,7 @@ def env(tmp_path) -> dict[str, str]:
     return {**os.environ, "VIRTUAL_ENV": str(tmp_path / "env"), "PATH": paths, "NGPUS": "1"}
 
 
-def options(data: Path, run_dir: Path, steps: int, *extra: str) -> list[str]:  # noqa: F811
+def options(data: Path, run_dir: Path, steps: int, *extra: str) -> list[str]:
     empty = run_dir.parent / "empty.toml"  # a configuration of one's own: the script fetches no data
     empty.write_text("")
     shape = [str(empty), "--dim=32", "--n_layers=2", "--n_heads=2", "--seq_len=32", "--batch_size=4", "--dtype=fp32"]
@@ -60,14 +60,9 @@ def options(data: Path, run_dir: Path, steps: int, *extra: str) -> list[str]:  #
     return [*shape, *often, *own, *rate, *extra]
 
 
-def alone(data: Path, run_dir: Path, steps: int, *extra: str) -> dict[int, float]:  # noqa: F811
+def alone(data: Path, run_dir: Path, steps: int, *extra: str) -> dict[int, float]:
     training.main(parse_config(training.Config, options(data, run_dir, steps, *extra)))
     return losses(run_dir)
-
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    monkeypatch.setattr(metrics, "plot", lambda *_: None)
 
 
 def wait_until(is_so: Callable[[], bool], process: subprocess.Popen, patience_s: float = 200) -> None:
@@ -84,7 +79,7 @@ def said(run_dir: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_slurm_job_saves_before_its_time_limit_and_queues_again(data, tmp_path, env):  # noqa: F811
+def test_a_slurm_job_saves_before_its_time_limit_and_queues_again(data, tmp_path, env):
     (tmp_path / "bin").mkdir()
     for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
         (tmp_path / "bin" / name).write_text(text)
@@ -142,7 +137,7 @@ def kill_machine(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_machine_dies_and_comes_back_and_the_run_is_the_same(data, tmp_path, env, machines):  # noqa: F811
+def test_a_machine_dies_and_comes_back_and_the_run_is_the_same(data, tmp_path, env, machines):
     extra = ["--parallel=fsdp", "--timeout=20", f"--kill_switch={tmp_path / 'stop'}"]
     command = [str(ROOT / "launch_training.sh"), *options(data, tmp_path / "run", 1_000_000, *extra)]
     shared = {"NNODES": "1:2", "MASTER_ADDR": "10.41.6.1", "GLOO_SOCKET_IFNAME": "wire", "MAX_RESTARTS": "5"}

@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import tiny_model
 from processes import ranks
-from test_training import data  # noqa: F401  # the fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -40,7 +39,7 @@ def items(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(data, items, tmp_path_factory):  # noqa: F811
+def alone(data, items, tmp_path_factory):
     """What one process learns with an optimizer, computed once."""
     done: dict[str, Path] = {}
 
@@ -54,7 +53,7 @@ def alone(data, items, tmp_path_factory):  # noqa: F811
     return run
 
 
-def arguments(data: Path, items: Path, run_dir: Path, *extra: str) -> list[str]:  # noqa: F811
+def arguments(data: Path, items: Path, run_dir: Path, *extra: str) -> list[str]:
     return [*SHAPE, *BATCH, *OFTEN, f"--sources={data}", f"--hellaswag={items}", f"--run_dir={run_dir}", *extra]
 
 
@@ -103,7 +102,7 @@ slow = pytest.mark.slow
         pytest.param("adamw", 2, 1, ["--parallel=fsdp", "--compile"], marks=slow),
     ],
 )
-def test_every_mode_learns_what_one_process_learns(alone, data, items, tmp_path, optimizer, processes, nodes, mode):  # noqa: F811
+def test_every_mode_learns_what_one_process_learns(alone, data, items, tmp_path, optimizer, processes, nodes, mode):
     """Two layers' worth of matrices on four ranks, so that one has none; clipped, averaged, evaluated, sampled."""
     ranks(processes, ["-c", RUN, *arguments(data, items, tmp_path, f"--optimizer={optimizer}", *mode)], nodes)
     same_run(tmp_path, alone(optimizer), optimizer)
@@ -111,7 +110,7 @@ def test_every_mode_learns_what_one_process_learns(alone, data, items, tmp_path,
 
 @slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_goes_on_in_another_mode(alone, data, items, tmp_path, optimizer):  # noqa: F811
+def test_a_run_goes_on_in_another_mode(alone, data, items, tmp_path, optimizer):
     """ddp on 2 processes to step 2, fsdp on 4 to step 4, one process to the end, each from the other's file."""
     run_dir, done = tmp_path / "run", tmp_path / "done"
     for step, processes, mode in ((0, 2, "ddp"), (2, 4, "fsdp"), (4, 1, "fsdp")):
@@ -178,7 +177,7 @@ training.main(parse_config(training.Config))
         pytest.param(4, ["--parallel=ddp"], 1, marks=slow),
     ],
 )
-def test_each_rank_holds_its_part_of_weights_and_optimizer_state(data, items, tmp_path, processes, mode, parts):  # noqa: F811
+def test_each_rank_holds_its_part_of_weights_and_optimizer_state(data, items, tmp_path, processes, mode, parts):
     options = arguments(data, items, tmp_path / "run", "--max_steps=2", "--qk_norm=false", *mode)
     out = ranks(processes, ["-c", COUNT, *options])
     found = [line.split() for line in out.splitlines() if line.startswith("bytes")]
@@ -189,7 +188,7 @@ def test_each_rank_holds_its_part_of_weights_and_optimizer_state(data, items, tm
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=slow)])
-def test_a_bad_number_in_one_part_is_skipped_by_all(data, items, tmp_path, optimizer):  # noqa: F811
+def test_a_bad_number_in_one_part_is_skipped_by_all(data, items, tmp_path, optimizer):
     plain = [
         f"--optimizer={optimizer}",
         "--schedule=constant",
@@ -219,7 +218,7 @@ def test_an_arrangement_that_cannot_be_is_one_line(layout, hint):
         distributed.check_layout(*layout)
 
 
-def test_in_one_process_every_strategy_is_the_plain_run(alone, data, items, tmp_path):  # noqa: F811
+def test_in_one_process_every_strategy_is_the_plain_run(alone, data, items, tmp_path):
     training.main(
         parse_config(training.Config, arguments(data, items, tmp_path, "--optimizer=adamw", "--parallel=hsdp"))
     )
@@ -287,7 +286,7 @@ training.main(parse_config(training.Config))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=slow)])
-def test_a_checkpoint_in_parts_goes_on_anywhere_and_becomes_one_file(alone, data, items, tmp_path, optimizer):  # noqa: F811
+def test_a_checkpoint_in_parts_goes_on_anywhere_and_becomes_one_file(alone, data, items, tmp_path, optimizer):
     """Written by two ranks to step 4, read by three (fsdp) and by one process; the file made of it holds the same."""
     run_dir = tmp_path / "run"
     command = arguments(data, items, run_dir, f"--optimizer={optimizer}", "--parallel=fsdp", "--hellaswag=none")

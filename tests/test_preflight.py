@@ -1,13 +1,10 @@
 """The preflight names the rank whose machine is unlike the others'."""
 
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from test_parallel import launch
-from test_training import ROOT, data  # noqa: F401  # the fixture
+from processes import python, ranks
 
 import preflight
 
@@ -51,9 +48,7 @@ def test_what_all_lack_is_said_too():
 
 
 FAULTY = """
-import sys, time
-sys.path.insert(0, {root!r})
-import distributed, preflight, training
+import time, distributed, preflight, training
 from config import parse_config, run
 preflight.SLOW = 0  # other work on this machine must not be an oddity
 real = time.time
@@ -63,20 +58,20 @@ run(lambda: training.main(parse_config(training.Config)))
 
 
 @pytest.mark.parametrize("late", [0, 60])
-def test_three_ranks_measure_each_other(data, tmp_path, late):  # noqa: F811
+def test_three_ranks_measure_each_other(data, tmp_path, late):
     shutil.copytree(data, tmp_path / "data")
-    (tmp_path / "script.py").write_text(FAULTY.format(root=str(ROOT), late=late))
     command = [
-        str(tmp_path / "script.py"),
+        "-c",
+        FAULTY.format(late=late),
         "--preflight",
         f"--sources={tmp_path / 'data'}",
         f"--run_dir={tmp_path / 'r'}",
     ]
     if late:
         with pytest.raises(AssertionError, match=r"rank 2 .*clock is \+60.0 s off"):
-            launch(command, 3)
+            ranks(3, command)
         return
-    said = launch(command, 3).splitlines()
+    said = ranks(3, command).splitlines()
     assert [line.split()[0] for line in said[:5]] == [
         "rank",
         "0",
@@ -88,12 +83,11 @@ def test_three_ranks_measure_each_other(data, tmp_path, late):  # noqa: F811
     assert not (tmp_path / "r").exists(), "nothing is written"
 
 
-def test_a_damaged_shard_is_named(data, tmp_path):  # noqa: F811
+def test_a_damaged_shard_is_named(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     shard = tmp_path / "data/train_000000.bin"
     raw = bytearray(shard.read_bytes())
     raw[5000] ^= 4
     shard.write_bytes(raw)
-    command = [sys.executable, "training.py", "--preflight", f"--sources={tmp_path / 'data'}", f"--run_dir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "train_000000.bin is damaged" in done.stderr and "Traceback" not in done.stderr
+    code, _, error = python("training.py", "--preflight", f"--sources={tmp_path / 'data'}", f"--run_dir={tmp_path}")
+    assert code == 1 and "train_000000.bin is damaged" in error and "Traceback" not in error

@@ -15,7 +15,6 @@ from processes import Process, python, ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
-import data_pipeline
 import metrics
 import optimizers
 import shards
@@ -34,13 +33,6 @@ TINY = [
 ]
 OTHERS = sorted(optimizers.OPTIMIZERS.keys() - {"adamw", "muon"})
 OFTEN = ["--log_every=1", "--eval_every=3", "--eval_tokens=2000", "--checkpoint_every=2", "--sample_every=0"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "sample"
-    data_pipeline.sample(folder)
-    return folder
 
 
 def arguments(data: Path, run_dir: Path, *extra: str) -> list[str]:
@@ -77,8 +69,8 @@ def undisturbed(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_further_plots(no_plots, undisturbed):
-    """But that of `undisturbed`."""
+def no_further_plots(monkeypatch, undisturbed):
+    monkeypatch.setattr(metrics, "plot", lambda *_: None)  # a second each; `undisturbed` has drawn one
 
 
 def test_a_run_learns_and_leaves_what_the_readme_lists(undisturbed):
