@@ -20,7 +20,7 @@ import eval_hellaswag
 import metrics
 import training
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("no_plots")]
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -35,7 +35,7 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def made(no_plots, tmp_path_factory) -> Path:
     """A prepared corpus and a finished run, copied for each case."""
     folder = tmp_path_factory.mktemp("made")
     data_pipeline.sample(folder / "data")
