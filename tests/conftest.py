@@ -1,6 +1,7 @@
 """Shared by all tests: small shapes, the byte tokenizer, and where the shared data lie."""
 
 import gc
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,16 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def items(tmp_path_factory) -> Path:
+    """A file of three HellaSwag items."""
+    item = {"activity_label": "Cooking", "ctx_a": "A man cracks an egg.", "ctx_b": "he", "label": 1}
+    endings = ["flies away.", "drops it into a pan.", "sings to the hen.", "is the pan."]
+    path = tmp_path_factory.mktemp("items") / "items.jsonl"
+    path.write_text("".join(json.dumps({**item, "endings": endings}) + "\n" for _ in range(3)))
+    return path
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # a run collects garbage at its end, which took longer than the run where all modules were searched
 
@@ -78,4 +89,4 @@ def no_plots() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch) -> None:
-    monkeypatch.setattr(training, "SAMPLE_TOKENS", 16)  # of 200 that a run ends with
+    monkeypatch.setattr(training, "SAMPLE_TOKENS", 8)  # of 200 that a run ends with

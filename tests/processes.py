@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import data_pipeline  # noqa: F401
 import metrics
 import training  # noqa: F401
 
-ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["processes", "torch._refs", "torch._dynamo", "torch.distributed.fsdp"])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import checkpoint
 import config
@@ -22,7 +23,6 @@ import training
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("no_plots")]
 
-ROOT = Path(__file__).parent.parent
 TINY = [
     "--dim=32",
     "--n_layers=1",

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--max_steps=4", "--eval_tokens=512", "--log_every=1", "--n_layers=1", "--dim=48", "--n_heads=2"]
 
 

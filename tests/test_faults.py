@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from processes import python
 from test_safety import LONG, begin, command, undisturbed, wait_for_step  # noqa: F401  # the fixture
-from test_training import losses, run, weights
+from test_training import losses, run, same_weights
 
 import checkpoint
 import data_pipeline
@@ -51,8 +50,7 @@ def test_a_rank_that_dies_ends_the_run_and_what_goes_on_is_the_same_to_the_last_
         _, error = process.communicate(timeout=90)
         assert process.returncode == 0, error
     assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
-    first, second = weights(tmp_path / "run", 40), weights(tmp_path / "undisturbed", 40)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same_weights(tmp_path / "run", tmp_path / "undisturbed", 40, 40)
 
 
 @pytest.mark.slow

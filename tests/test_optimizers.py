@@ -3,10 +3,12 @@
 import copy
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import ROOT, tiny_model
+from torch import Tensor
 
 from config import parse_config
 from optimizers import (
@@ -112,10 +114,10 @@ def test_tied_weights_are_updated_once():
     )
 
 
-def quadratic(cfg: OptimConfig, steps: int = 3):
+def quadratic(cfg: OptimConfig, steps: int = 3, *shared_out: Callable):
     """A model after some steps on fixed random gradients, and its optimizer."""
     model = tiny_model()
-    optimizer = build_optimizer(model, cfg)
+    optimizer = build_optimizer(model, cfg, *shared_out)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         for p in model.parameters():
@@ -166,21 +168,28 @@ def test_muons_direction_is_the_orthogonal_factor_of_the_svd(shape):
     assert off.abs().max() < 0.03, "same singular vectors, within bf16"
 
 
-def test_muon_is_these_lines():
-    cfg = OptimConfig(optimizer="muon", max_lr=1e-2, weight_decay=0.3)
+def three_steps(cfg: OptimConfig) -> tuple[Tensor, list[Tensor], Tensor]:
+    """A matrix before three steps, its gradients in them, and the matrix after them."""
     model, optimizer = quadratic(cfg, 0)
-    p = model.get_parameter("layers.0.mlp.up_proj.weight")
-    weight, momentum = p.detach().clone(), torch.zeros_like(p)
+    p, grads = model.get_parameter("layers.0.mlp.up_proj.weight"), []
+    before = p.detach().clone()
     for seed in range(3):
         for q in model.parameters():
             q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed))
+        grads.append(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
         apply(optimizer, torch.tensor(0.0))
-        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    return before, grads, p.detach()
+
+
+def test_muon_is_these_lines():
+    weight, grads, after = three_steps(OptimConfig(optimizer="muon", max_lr=1e-2, weight_decay=0.3))
+    momentum = torch.zeros_like(weight)
+    for g in grads:
         momentum = 0.95 * momentum + 0.05 * g
         direction = orthogonalize((0.05 * g + 0.95 * momentum)[None])[0]
-        weight = weight * (1 - 1e-2 * 0.3) - 1e-2 * 0.2 * max(p.shape) ** 0.5 * direction
-    torch.testing.assert_close(p.detach(), weight, atol=2e-4, rtol=0)
-    rms = (direction * 0.2 * max(p.shape) ** 0.5).square().mean().sqrt()
+        weight = weight * (1 - 1e-2 * 0.3) - 1e-2 * 0.2 * max(g.shape) ** 0.5 * direction
+    torch.testing.assert_close(after, weight, atol=2e-4, rtol=0)
+    rms = (direction * 0.2 * max(weight.shape) ** 0.5).square().mean().sqrt()
     assert 0.15 < rms < 0.25, "an update as large as AdamW's"
 
 
@@ -192,29 +201,19 @@ def test_muon_shared_by_ranks_is_muon_alone():
         return torch.cat([work(share) for share in shares if len(share)])
 
     alone, _ = quadratic(OptimConfig(optimizer="muon", max_lr=1e-2))
-    model = tiny_model()
-    optimizer = build_optimizer(model, OptimConfig(optimizer="muon", max_lr=1e-2), three_ranks)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(3):
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=generator)
-        apply(optimizer, torch.tensor(0.0))
-    for a, b in zip(alone.parameters(), model.parameters(), strict=True):
+    shared, _ = quadratic(OptimConfig(optimizer="muon", max_lr=1e-2), 3, three_ranks)
+    for a, b in zip(alone.parameters(), shared.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 def test_lion_is_these_lines():
-    model, optimizer = quadratic(OptimConfig(optimizer="lion", max_lr=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9), 0)
-    p = model.get_parameter("layers.0.mlp.up_proj.weight")
-    weight, momentum = p.detach().clone(), torch.zeros_like(p)
-    for seed in range(3):
-        for q in model.parameters():
-            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed))
-        apply(optimizer, torch.tensor(0.0))
-        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    cfg = OptimConfig(optimizer="lion", max_lr=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9)
+    weight, grads, after = three_steps(cfg)
+    momentum = torch.zeros_like(weight)
+    for g in grads:
         weight = weight * (1 - 1e-2 * 0.3) - 1e-2 * torch.sign(0.8 * momentum + 0.2 * g)
         momentum = 0.9 * momentum + 0.1 * g
-    torch.testing.assert_close(p.detach(), weight)
+    torch.testing.assert_close(after, weight)
 
 
 def test_embedding_and_head_have_their_own_learning_rate():

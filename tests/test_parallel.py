@@ -1,7 +1,6 @@
 """One run, many ways to share it out: every mode learns what one process learns, and each rank holds its part only."""
 
 import gc
-import json
 import pickle
 import shutil
 import weakref
@@ -27,15 +26,6 @@ OFTEN = ["--log_every=1", "--eval_every=3", "--eval_tokens=600", "--checkpoint_e
 
 
 pytestmark = pytest.mark.usefixtures("no_plots")
-
-
-@pytest.fixture(scope="module")
-def items(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("items") / "items.jsonl"
-    item = {"activity_label": "Cooking", "ctx_a": "A man cracks an egg.", "ctx_b": "he", "label": 1}
-    endings = ["flies away.", "drops it into a pan.", "sings to the hen.", "is the pan."]
-    path.write_text("".join(json.dumps({**item, "endings": endings}) + "\n" for _ in range(3)))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +67,7 @@ def same_run(a: Path, b: Path, optimizer: str) -> None:
 HEAD = """
 import sys, torch, distributed, training
 from config import parse_config
-training.SAMPLE_TOKENS = 16
+training.SAMPLE_TOKENS = 8
 """
 RUN = HEAD + "training.main(parse_config(training.Config))"
 

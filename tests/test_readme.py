@@ -1,14 +1,14 @@
 """Every command in README.md exists with the options it shows."""
 
+import functools
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     line.split("#")[0].strip()
@@ -16,6 +16,12 @@ COMMANDS = [
     for line in block.splitlines()
     if line.split("#")[0].strip()
 ]
+
+SUBCOMMANDS = {
+    "data_pipeline.py": ("download", "prepare", "verify", "info"),
+    "convert_hf.py": ("export", "import", "push"),
+    "scaling_laws.py": ("plan", "fit", "sweep", "cluster"),
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -28,17 +34,13 @@ def test_command(command):
             assert (ROOT / word).exists()
     options = [w.split("=")[0] for w in words[words.index(script) + 1 :] if w.startswith("--")]
     if options:
-        assert set(options) <= set(re.findall(r"--\w+", help_of(script, words)))
+        named = [word for word in words if word in SUBCOMMANDS.get(script, ())]
+        assert set(options) <= set(re.findall(r"--\w+", help_of(script, *named)))
 
 
-def help_of(script: str, words: list[str]) -> str:
-    named = {
-        "data_pipeline.py": ("download", "prepare", "verify", "info"),
-        "convert_hf.py": ("export", "import", "push"),
-        "scaling_laws.py": ("plan", "fit", "sweep", "cluster"),
-    }
-    command = [word for word in words if word in named.get(script, ())]
-    argv = [sys.executable, ROOT / script, *command, "--help"]
+@functools.cache
+def help_of(script: str, *subcommand: str) -> str:
+    argv = [sys.executable, ROOT / script, *subcommand, "--help"]
     return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
 
 

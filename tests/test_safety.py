@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import Process, ranks, start_ranks
-from test_training import arguments, losses, run
+from test_training import arguments, losses, run, same_weights
 
 import checkpoint
 import config
@@ -124,13 +124,8 @@ def test_a_step_with_bad_numbers_changes_no_weight_and_is_counted(data, tmp_path
     run(data, tmp_path / "short", "--max_steps=2", "--schedule=constant", "--warmup_frac=0")
     poison(monkeypatch, range(2, 4))
     rows = run(data, tmp_path / "long", "--max_steps=4", "--schedule=constant", "--warmup_frac=0")
-    assert same_weights_at(tmp_path / "short", 2, tmp_path / "long", 4)
+    assert same_weights(tmp_path / "short", tmp_path / "long", 2, 4)
     assert [row.get("skipped_steps") for row in rows if "loss" in row] == [None, None, 1, 1]
-
-
-def same_weights_at(a: Path, step_a: int, b: Path, step_b: int) -> bool:
-    first, second = (checkpoint.read(checkpoint.path_of(f, n))["model"] for f, n in ((a, step_a), (b, step_b)))
-    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_five_bad_steps_in_a_row_stop_the_run_and_name_the_text(data, tmp_path, monkeypatch, capsys):

@@ -21,7 +21,6 @@ import shards
 import training
 from config import parse_config
 
-ROOT = Path(__file__).parent.parent
 TINY = [
     "--dim=32",
     "--n_layers=2",
@@ -56,8 +55,8 @@ def weights(run_dir: Path, step: int = 6) -> dict[str, torch.Tensor]:
     return checkpoint.read(checkpoint.path_of(run_dir, step))["model"]
 
 
-def same_weights(a: Path, b: Path) -> bool:
-    first, second = weights(a), weights(b)
+def same_weights(a: Path, b: Path, step_a: int = 6, step_b: int = 6) -> bool:
+    first, second = weights(a, step_a), weights(b, step_b)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -190,8 +189,8 @@ def test_seed_decides_the_run(undisturbed, data, tmp_path):
     assert losses(tmp_path / "other")[1] != losses(undisturbed)[1]
 
 
-def test_hellaswag_is_scored_at_checkpoints_where_its_items_are(data, tmp_path, hellaswag_file):
-    rows = run(data, tmp_path / "scored", f"--hellaswag={hellaswag_file}", "--max_steps=2")
+def test_hellaswag_is_scored_at_checkpoints_where_its_items_are(data, tmp_path, items):
+    rows = run(data, tmp_path / "scored", f"--hellaswag={items}", "--max_steps=2")
     scored = [row for row in rows if "hellaswag_acc_norm" in row]
     assert [row["step"] for row in scored] == [2] and 0 <= scored[0]["hellaswag_acc_norm"] <= 1
 
@@ -200,15 +199,6 @@ def test_a_run_without_hellaswag_items_says_so_once(data, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     run(data, tmp_path / "without", "--hellaswag=data/hellaswag_val.jsonl", "--max_steps=4")
     assert capsys.readouterr().out.count("no HellaSwag items") == 1
-
-
-@pytest.fixture
-def hellaswag_file(tmp_path) -> Path:
-    item = {"activity_label": "Cooking", "ctx_a": "A man cracks an egg.", "ctx_b": "he", "label": 1}
-    endings = ["flies away.", "drops it into a pan.", "sings to the hen.", "is the pan."]
-    path = tmp_path / "items.jsonl"
-    path.write_text("".join(json.dumps({**item, "endings": endings}) + "\n" for _ in range(3)))
-    return path
 
 
 def test_the_plan_of_the_416m_run_needs_no_data(monkeypatch, tmp_path, capsys):
