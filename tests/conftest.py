@@ -75,10 +75,6 @@ def items(tmp_path_factory) -> Path:
     return path
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()  # a run collects garbage at its end, which took longer than the run where all modules were searched
-
-
 @pytest.fixture(scope="module")
 def no_plots() -> Iterator[None]:
     """Runs draw no pictures, which take a second each."""
@@ -87,6 +83,11 @@ def no_plots() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def short_samples(monkeypatch) -> None:
-    monkeypatch.setattr(training, "SAMPLE_TOKENS", 8)  # of 200 that a run ends with
+@pytest.fixture(scope="session", autouse=True)
+def quick_runs() -> Iterator[None]:
+    """Runs in this process write 8 tokens of their 200, and do not look for garbage among all that is imported, which
+    took longer than the run: what they set aside for their time stays there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SAMPLE_TOKENS", 8)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
