@@ -1,6 +1,7 @@
 """Processes of their own that start at once: forks of one that has imported torch, which takes a new Python seconds.
 
-They can be killed and be ranks of a run like any other. What `python` and torchrun themselves do is tested with those.
+They can be killed and be ranks of a run like any other. What `python` and torchrun themselves do is tested with those,
+and so are commands that start workers of their own.
 """
 
 import contextlib
@@ -38,7 +39,9 @@ class Process:
         self.folder = tempfile.TemporaryDirectory()
         self.out, self.err = (Path(self.folder.name) / name for name in ("out", "err"))
         self.out.touch()
-        self.process = CONTEXT.Process(target=become, args=(argv, cwd, {**os.environ, **env}, self.out, self.err))
+        self.process = CONTEXT.Process(
+            target=become, args=(argv, cwd, {**os.environ, **env}, self.out, self.err), daemon=True
+        )
         self.process.start()
 
     @property

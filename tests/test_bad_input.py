@@ -144,7 +144,9 @@ TRAIN = [  # name, options after the tiny run's, what is broken first, words of 
 
 
 @pytest.mark.parametrize(("options", "breaks", "words"), [case[1:] for case in TRAIN], ids=[case[0] for case in TRAIN])
-def test_training(made, tmp_path, capsys, monkeypatch, options, breaks, words):
+def test_what_training_cannot_use_is_one_line_and_no_file_is_touched(
+    made, tmp_path, capsys, monkeypatch, options, breaks, words
+):
     folder = tmp_path / "case"
     shutil.copytree(made, folder)
     breaks(folder)
@@ -184,13 +186,13 @@ HELLASWAG = [
 
 
 @pytest.mark.parametrize(("options", "words"), [case[1:] for case in HELLASWAG], ids=[case[0] for case in HELLASWAG])
-def test_hellaswag(made, capsys, options, words):
+def test_what_hellaswag_cannot_use_is_one_line(made, capsys, options, words):
     argv = [option.format(made) for option in options]
     refused(lambda: eval_hellaswag.main(eval_hellaswag.parse(argv)), capsys, words)
 
 
 @pytest.mark.parametrize("argv", [["nowhere"], []])
-def test_metrics(capsys, monkeypatch, argv):
+def test_what_metrics_cannot_read_is_one_line(capsys, monkeypatch, argv):
     monkeypatch.setattr(sys, "argv", ["metrics.py", *argv])
     refused(metrics.main, capsys, ["run_dir"] if not argv else ["nowhere"])
 

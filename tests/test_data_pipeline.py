@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from conftest import ROOT, shared
+from processes import Process, python
 
 import data_pipeline
 import shards
@@ -76,9 +77,9 @@ def write_dataset(folder: Path, train: list[np.ndarray], val: list[np.ndarray] |
     return folder
 
 
-def cli(*arguments: object, **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "data_pipeline.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=120)
+def cli(*arguments: object, **env: str) -> tuple[int, str, str]:
+    """Exit code, what the command printed and what it complained of."""
+    return python("data_pipeline.py", *map(str, arguments), **env)
 
 
 # ---- Tokenizers
@@ -95,7 +96,7 @@ def test_bytes_are_their_own_tokens():
     assert tokenizer.byte_lengths().tolist() == [1] * 256 + [0]
 
 
-def test_gpt2(monkeypatch):
+def test_gpt2_is_tiktokens_and_text_never_becomes_its_end_of_text(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken_cache")))
     tokenizer = load_tokenizer("gpt2")
     assert tokenizer.info() == shards.GPT2
@@ -113,12 +114,11 @@ def test_another_tokenizer_is_refused():
 def test_offline_vocabulary_is_one_clear_line(tmp_path):
     blocked = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
-    result = cli(
+    code, _, error = cli(
         "prepare", f"--source={source}", f"--out_dir={tmp_path}/d", TIKTOKEN_CACHE_DIR=str(tmp_path), **blocked
     )
-    assert result.returncode == 2
-    assert "TIKTOKEN_CACHE_DIR" in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert (code, error.count("\n")) == (2, 1)
+    assert "TIKTOKEN_CACHE_DIR" in error
     assert not (tmp_path / "d").exists()
 
 
@@ -143,7 +143,7 @@ def test_a_fast_encoder_that_differs_is_not_used(tmp_path, monkeypatch, capsys):
     assert "disagree" in capsys.readouterr().err
 
 
-def test_a_tokenizer_json(tmp_path):
+def test_a_tokenizer_json_works_throughout_and_is_known_by_its_content(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -240,7 +240,7 @@ def test_any_number_of_workers_writes_the_same_bytes(source, tmp_path, monkeypat
     assert len(hashes(tmp_path / "1")) > 5
 
 
-def test_real_text_with_gpt2(tmp_path, monkeypatch):
+def test_real_text_becomes_the_tokens_of_gpt2(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken_cache")))
     path = shared("data/textbooks/val-00.jsonl.gz")
     prepare(str(path), str(tmp_path / "d"), workers=1)
@@ -255,7 +255,7 @@ def test_real_text_with_gpt2(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "suffix", [".jsonl", ".json", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".jsonl.zst", ".parquet"]
 )
-def test_formats(tmp_path, suffix):
+def test_every_format_gives_the_same_documents(tmp_path, suffix):
     path, text = tmp_path / f"x{suffix}", "".join(json.dumps({"text": t}) + "\n" for t in DOCUMENTS)
     if suffix == ".parquet":
         import pyarrow
@@ -309,7 +309,7 @@ def test_val_files_of_a_folder_and_val_source(tmp_path):
         assert texts_of(folder, "val") == DOCUMENTS[150:]
 
 
-def test_globs_and_braces(tmp_path):
+def test_globs_and_braces_find_their_files_in_order(tmp_path):
     for i in range(12):
         write_jsonl(tmp_path / f"part-{i:02}.jsonl", ["x"])
     assert [Path(f).name for f in find_files(f"{tmp_path}/part-{{08..10}}.jsonl")] == [
@@ -421,7 +421,7 @@ def test_big_vocabularies_need_32_bits(tmp_path, monkeypatch):
     assert Dataset(tmp_path / "d").tokenizer["vocab_size"] == 70001
 
 
-def test_ids_pass_through(tmp_path, monkeypatch):
+def test_ids_pass_through_untouched(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken_cache")))
     path = write_jsonl(tmp_path / "x.jsonl", [[1, 2, 3], [], [4, 50256], [5]], key="ids")
     prepare(str(path), str(tmp_path / "d"), tokenizer="passthrough:gpt2", text_key="ids", val_tokens=1, workers=1)
@@ -522,8 +522,8 @@ def test_download_is_what_the_hub_has(hub, tmp_path):
     env, server = hub
     options = ["download", "--repo=me/shards", "--num_shards=2", f"--out_dir={tmp_path}/d"]
     server.wrong["edu_train_000001.bin"] = [bytes(len(server.files["edu_train_000001.bin"]))]  # right size, wrong bytes
-    result = cli(*options, HF_HOME=str(tmp_path / "hf"), **env)
-    assert result.returncode == 0, result.stderr
+    code, _, error = cli(*options, HF_HOME=str(tmp_path / "hf"), **env)
+    assert code == 0, error
     assert hashes(tmp_path / "d") == {
         "train_000000.bin": sha256_of(server.files["edu_train_000001.bin"]),
         "train_000001.bin": sha256_of(server.files["edu_train_000002.bin"]),
@@ -532,9 +532,9 @@ def test_download_is_what_the_hub_has(hub, tmp_path):
     assert len(server.asked) == 4  # three shards, one of them twice
     assert sorted(path.name for path in (tmp_path / "d").iterdir() if path.suffix != ".bin") == ["meta.json"]
     (tmp_path / "d" / "train_000001.bin").unlink()
-    assert cli(*options, HF_HOME=str(tmp_path / "hf"), **env).returncode == 0
+    assert cli(*options, HF_HOME=str(tmp_path / "hf"), **env)[0] == 0
     assert server.asked[4:] == ["edu_train_000002.bin"]  # what is there is not fetched again
-    assert cli("verify", f"--out_dir={tmp_path}/d").returncode == 0
+    assert cli("verify", f"--out_dir={tmp_path}/d")[0] == 0
     assert TokenLoader({f"{tmp_path}/d": 1.0}, seq_len=16, batch_size=1, batch_sequences=1).tokens_per_epoch == 79_968
 
 
@@ -551,8 +551,14 @@ def test_download_of_rows_of_ids_as_the_seed_published_them(hub, tmp_path):
         server.files[f"data-{part:05}-of-00002.arrow"] = sink.getvalue().to_pybytes()
         rows.append(ids.ravel())
     env |= {"TIKTOKEN_CACHE_DIR": str(shared("tiktoken_cache")), "HF_HOME": str(tmp_path / "hf")}
-    result = cli("download", "--repo=me/shards", f"--out_dir={tmp_path}/d", **env)
-    assert result.returncode == 0, result.stderr
+    command = [
+        sys.executable,
+        str(ROOT / "data_pipeline.py"),
+        "download",
+        "--repo=me/shards",
+        f"--out_dir={tmp_path}/d",
+    ]
+    subprocess.run(command, env=os.environ | env, check=True, timeout=60)
     found = np.concatenate([all_tokens(tmp_path / "d", split) for split in ("val", "train")])
     assert np.array_equal(found, np.concatenate(rows))
 
@@ -567,7 +573,7 @@ def test_training_follows_a_download(hub, tmp_path):
     server.delay_s = 0.3
     folder = tmp_path / "d"
     options = ["download", "--repo=me/shards", "--num_shards=12", f"--out_dir={folder}"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "data_pipeline.py"), *options], env=os.environ | env)
+    process = Process(["data_pipeline.py", *options], **env)
     while not list(folder.glob("train_*")):
         time.sleep(0.02)
     common: dict[str, Any] = {"seq_len": 100, "batch_size": 50, "batch_sequences": 50}
@@ -575,7 +581,7 @@ def test_training_follows_a_download(hub, tmp_path):
     assert not (folder / "meta.json").exists()
     assert len(list(folder.glob("train_*"))) < 12
     batches = [followed.next()[0] for _ in range(2 * 12 * 399 // 50)]
-    assert process.wait(timeout=60) == 0
+    assert process.wait() == 0
     found = TokenLoader({str(folder): 1.0}, **common)
     found.load_state_dict(followed.state_dict() | {"sequences": 0})  # the fingerprint is the same
     assert all((found.next()[0] == batch).all() for batch in batches)
@@ -589,7 +595,7 @@ def test_a_download_that_stopped_does_not_hang_the_training(hub, tmp_path):
     env, server = hub
     server.wrong["edu_train_000003.bin"] = [b""] * 100
     options = ["download", "--repo=me/shards", "--num_shards=3", f"--out_dir={tmp_path}/d"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "data_pipeline.py"), *options], env=os.environ | env)
+    process = Process(["data_pipeline.py", *options], **env)
     while len(list((tmp_path / "d").glob("train_*"))) < 2:
         time.sleep(0.02)
     process.kill()
@@ -601,15 +607,15 @@ def test_a_download_that_stopped_does_not_hang_the_training(hub, tmp_path):
     loader.close()
 
 
-def test_download_that_cannot_be(hub, tmp_path):
+def test_a_download_that_cannot_be_is_one_line_and_leaves_nothing(hub, tmp_path):
     env, _ = hub
     for option, message in [
         ("--num_shards=9", "has 3 train and 1 val shards"),
         ("--repo=me/nothing", "me/nothing: Client error '404"),
     ]:
-        result = cli("download", "--repo=me/shards", option, f"--out_dir={tmp_path}/d", **env)
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-        assert message in result.stderr
+        code, _, error = cli("download", "--repo=me/shards", option, f"--out_dir={tmp_path}/d", **env)
+        assert (code, error.count("\n")) == (2, 1), error
+        assert message in error
         assert not (tmp_path / "d").exists()
 
 
@@ -637,7 +643,7 @@ def test_planted_items_are_found_and_removed(tmp_path, monkeypatch, capsys):
     assert "500 of 1,500 training documents" in capsys.readouterr().out
     assert texts_of(tmp_path / "e", "train") == clean
     assert texts_of(tmp_path / "e", "val") == planted[:5]
-    assert cli("verify", f"--out_dir={tmp_path}/e").returncode == 0
+    assert cli("verify", f"--out_dir={tmp_path}/e")[0] == 0
 
 
 def test_decontaminate_says_what_it_needs(tmp_path):
@@ -648,9 +654,9 @@ def test_decontaminate_says_what_it_needs(tmp_path):
         (f"--against={tmp_path}/x.jsonl", "x.jsonl:1: not an evaluation item"),
         ("--ngram=3", "ngram=3 is below 8"),
     ]:
-        result = cli("decontaminate", f"--out_dir={tmp_path}/d", option)
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-        assert message in result.stderr
+        code, _, error = cli("decontaminate", f"--out_dir={tmp_path}/d", option)
+        assert (code, error.count("\n")) == (2, 1)
+        assert message in error
 
 
 # ---- Loader
@@ -799,7 +805,7 @@ def test_each_source_of_a_mixture_has_exact_epochs():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000, 1025, 65537])
-def test_permutation(n):
+def test_a_permutation_deals_every_number_once(n):
     key = shards.key_of(1, 2, n)
     assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
 
@@ -884,7 +890,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_datasets(tmp_path, case):
+def test_a_damaged_dataset_is_named_in_one_line(tmp_path, case):
     sample(str(tmp_path / "d"))
     damage, message = DAMAGE[case]
     damage(tmp_path / "d")
@@ -911,7 +917,7 @@ BAD_SOURCES = {
 
 
 @pytest.mark.parametrize("case", BAD_SOURCES)
-def test_bad_sources(tmp_path, case):
+def test_a_source_that_cannot_be_read_is_named_and_leaves_nothing(tmp_path, case):
     content, name, message = BAD_SOURCES[case]
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -934,9 +940,9 @@ def test_bad_options_are_one_line(tmp_path):
         (["info", f"--out_dir={tmp_path}/nowhere"], "no dataset in"),
         (["fetch"], "invalid choice"),
     ]:
-        result = cli(*arguments)
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1), (arguments, result.stderr)
-        assert message in result.stderr
+        code, _, error = cli(*arguments)
+        assert (code, error.count("\n")) == (2, 1), (arguments, error)
+        assert message in error
         assert not (tmp_path / "d").exists()
 
 
@@ -978,18 +984,18 @@ def test_no_val_shard_says_how_to_make_one(tmp_path):
 
 def test_verify_lists_what_is_damaged(tmp_path):
     sample(str(tmp_path / "d"))
-    assert cli("verify", f"--out_dir={tmp_path}/d").returncode == 0
+    assert cli("verify", f"--out_dir={tmp_path}/d")[0] == 0
     path = tmp_path / "d" / "train_000000.bin"
     flipped = bytearray(path.read_bytes())
     flipped[5000:5002] = b"\xff\xff"
     path.write_bytes(flipped)
     os.truncate(tmp_path / "d" / "val_000000.bin", 2000)
     (tmp_path / "d" / "stray.bin").write_bytes(b"")
-    result = cli("verify", f"--out_dir={tmp_path}/d")
-    assert result.returncode == 1
+    code, said, _ = cli("verify", f"--out_dir={tmp_path}/d")
+    assert code == 1
     for text in "train_000000.bin: sha256", "token 65535", "val_000000.bin: 2,000 bytes", "stray.bin: not in meta":
-        assert text.split(": ")[0] in result.stdout
-        assert text.split(": ")[-1] in result.stdout
+        assert text.split(": ")[0] in said
+        assert text.split(": ")[-1] in said
 
 
 def test_info_obeys_no_escape_sequences(tmp_path, capsys):
@@ -1001,10 +1007,10 @@ def test_info_obeys_no_escape_sequences(tmp_path, capsys):
 
 
 def test_help_is_fast_and_complete():
-    result = cli("prepare", "--help")
+    _, said, _ = cli("prepare", "--help")
     for option in ("out_dir", "source", "val_source", "text_key", "tokenizer", "shard_tokens", "val_tokens", "workers"):
-        assert f"--{option} " in result.stdout
-    assert "--num_shards" in cli("download", "--help").stdout
+        assert f"--{option} " in said
+    assert "--num_shards" in cli("download", "--help")[1]
     loaded = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / "data_pipeline.py"), "--help"], capture_output=True, text=True
     )
@@ -1099,7 +1105,7 @@ def test_download_survives_20_kills(hub, tmp_path):
     assert list(hashes(tmp_path / "d").values()) == [
         sha256_of(server.files[name]) for name in sorted(server.files, key=lambda name: ("val" in name, name))
     ]
-    assert cli("verify", f"--out_dir={tmp_path}/d").returncode == 0
+    assert cli("verify", f"--out_dir={tmp_path}/d")[0] == 0
     assert sorted(path.name for path in (tmp_path / "d").iterdir() if path.suffix != ".bin") == ["meta.json"]
 
 

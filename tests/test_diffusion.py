@@ -557,7 +557,7 @@ def test_a_pipe_gets_the_finished_answer_alone(paths, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(session.last().tokens)
 
 
-def test_bench_and_compare(paths, capsys):
+def test_bench_measures_and_compare_judges_by_the_autoregressive_one(paths, capsys):
     session = session_of(*paths, max_tokens=16, top_k=None, temperature=1.0)
     chat.run_command(session, "/bench")
     chat.run_command(session, "/compare The sky")

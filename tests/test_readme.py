@@ -25,7 +25,7 @@ SUBCOMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(command):
+def test_a_command_exists_with_the_options_it_shows(command):
     words = [word for word in shlex.split(command) if "=" not in word or word.startswith("--")]
     script = next(word for word in words if word.endswith((".py", ".sh")))
     assert (ROOT / script).exists()

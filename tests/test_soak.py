@@ -43,7 +43,7 @@ def steps_done(run_dir: Path) -> int:
 @pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_soak(tmp_path, monkeypatch):
+def test_a_run_that_is_killed_200_times_ends_as_the_undisturbed_one(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "plot", lambda *_: None)
     data = tmp_path / "data"
     data_pipeline.sample(data)
