@@ -115,15 +115,6 @@ def test_preparing_on_a_full_file_system_is_one_line(small_disk, tmp_path):
     assert not (small_disk / "data/meta.json").exists() and not list((small_disk / "data").glob("*.tmp"))
 
 
-def test_deleting_the_newest_checkpoint_goes_back_to_the_one_before(data, tmp_path, undisturbed):  # noqa: F811
-    shutil.copytree(undisturbed, tmp_path / "run")
-    for path in (tmp_path / "run").glob("checkpoint_step_*.pt"):
-        if int(path.stem.split("_")[-1]) > 30:
-            path.unlink()
-    run(data, tmp_path / "run", *LONG)
-    assert losses(tmp_path / "run") == losses(undisturbed)
-
-
 def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, undisturbed, capsys):  # noqa: F811
     shutil.copytree(undisturbed, tmp_path / "run")
     newest = tmp_path / "run/checkpoint_step_40.pt"

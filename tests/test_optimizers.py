@@ -314,25 +314,3 @@ def test_statistics_of_every_step_have_no_cosine_in_the_first():
             pass
     assert "grad_cosine" not in rows[0] and list(rows[1]["grad_cosine"].values()) == pytest.approx([1.0] * 20)
     assert set(rows[1]["update_norm"].values()) == {0.0}
-
-
-# ---- Saved and loaded ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_that_is_loaded_goes_on_as_if_nothing_had_happened(name):
-    cfg = OptimConfig(optimizer=name, max_lr=1e-2)
-    models = [tiny_model(), tiny_model()]
-    one, other = (build_optimizer(model, cfg) for model in models)
-    for step in range(4):
-        if step == 2:
-            models[1].load_state_dict(models[0].state_dict())
-            other.load_state_dict(copy.deepcopy(one.state_dict()))
-        for model, optimizer in zip(models, (one, other), strict=True):
-            if model is models[0] or step >= 2:
-                torch.manual_seed(step)
-                for p in model.parameters():
-                    p.grad = torch.randn(p.shape)
-                apply(optimizer, torch.tensor(0.0))
-    for a, b in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(a, b)
