@@ -32,7 +32,7 @@ CONTEXT.set_forkserver_preload(["processes", "torch._refs", "torch._dynamo", "to
 class Process:
     """`python argv` or `python -c code ...`: some of subprocess.Popen. It draws no pictures, which take a second each."""
 
-    def __init__(self, argv: list[str], cwd: Path = ROOT, **env: str):
+    def __init__(self, argv: list[str], **env: str):
         with pytest.MonkeyPatch.context() as patch:  # the one to be forked, if it does not run yet, finds the project
             patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
             multiprocessing.forkserver.ensure_running()
@@ -40,7 +40,7 @@ class Process:
         self.out, self.err = (Path(self.folder.name) / name for name in ("out", "err"))
         self.out.touch()
         self.process = CONTEXT.Process(
-            target=become, args=(argv, cwd, {**os.environ, **env}, self.out, self.err), daemon=True
+            target=become, args=(argv, {**os.environ, **env}, self.out, self.err), daemon=True
         )
         self.process.start()
 
@@ -85,11 +85,11 @@ class Process:
                     time.sleep(0.001)
 
 
-def become(argv: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
-    """In the child: be `python argv`."""
+def become(argv: list[str], env: dict[str, str], out: Path, err: Path) -> None:
+    """In the child: be `python argv`, in the folder of the project."""
     os.environ.clear()
     os.environ.update(env)
-    os.chdir(cwd)
+    os.chdir(ROOT)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     gc.freeze()  # what the fork brought along is not searched again and again
@@ -102,10 +102,10 @@ def become(argv: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path
         runpy.run_path(argv[0], run_name="__main__")
 
 
-def python(*argv: str, timeout: float = 60, **env: str) -> tuple[int, str, str]:
+def python(*argv: str, **env: str) -> tuple[int, str, str]:
     """Run to the end: exit code, what it printed, what it complained of."""
     process = Process(list(argv), **env)
-    return process.wait(timeout), *process.communicate()
+    return process.wait(), *process.communicate()
 
 
 def start_ranks(processes: int, argv: list[str], nodes: int = 1) -> list[Process]:

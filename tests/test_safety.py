@@ -36,9 +36,9 @@ def begin(data: Path, run_dir: Path, *extra: str) -> Process:
     return Process(command(data, run_dir, *extra))
 
 
-def wait_for_step(lines: Iterable[str], step: int) -> None:
+def wait_for_step(lines: Iterable[str] | None, step: int) -> None:
     seen = []
-    for line in lines:
+    for line in lines or []:
         seen.append(line)
         if line.split("/")[0].split()[-1:] == [str(step)]:
             return

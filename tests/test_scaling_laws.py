@@ -80,7 +80,7 @@ def parse(text: str) -> training.Config:
 def test_a_preset_is_the_network_that_training_builds(name):
     """Parameters and FLOPs equal model.py's; the published formula counts 4 dim more per layer and no last norm."""
     choice = Choice(name, SHAPES[name], 1e9, "ar", 2048)
-    network = model_of(laws.toml(choice, "data/x", "runs/x", "test"))
+    network = model_of(laws.toml(choice, "data/x", Path("runs/x"), "test"))
     shape = SHAPES[name]
     assert network.num_params() == shape.params
     assert network.flops_per_token() == shape.flops_per_token(2048)
