@@ -101,7 +101,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        listing = HfApi().repo_info(repo, revision=revision).siblings or []
+        listing = HfApi().model_info(repo, revision=revision).siblings or []
         names = [file.rfilename for file in listing if file.rfilename.endswith(".pt")]
         newest = max(names, key=lambda name: [int(part) for part in re.findall(r"\d+", name)] or [-1], default=None)
         if newest:

@@ -177,7 +177,7 @@ def test_a_mistyped_run_is_not_looked_for_on_the_hub_and_a_silent_hub_is_one_lin
     def refused(*_, **__):
         raise ConnectError("Name or service not known")
 
-    monkeypatch.setattr(HfApi, "repo_info", refused)
+    monkeypatch.setattr(HfApi, "model_info", refused)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="someone/run: no such file or folder, and the Hub cannot be reached"):
         checkpoint.find("someone/run")
