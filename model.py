@@ -307,12 +307,8 @@ class Transformer(nn.Module):
         if reduction == "mean":
             weights = weights / (counted.sum() if loss_weights is None else counted.numel())
         table, size = self.embed_tokens if self.lm_head is None else self.lm_head, self.config.vocab_size
-        if (
-            reduction != "none"
-            and isinstance(table, nn.Embedding | nn.Linear)
-            and not compiler_fuses(hidden.device.type)
-        ):
-            kind = hidden.device.type
+        kind = hidden.device.type
+        if reduction != "none" and isinstance(table, nn.Embedding | nn.Linear) and not compiler_fuses(kind):
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else table.weight.dtype
             rows, words = hidden.flatten(0, -2).to(dtype), targets.flatten().clamp(min=0)
             learns = torch.is_grad_enabled()
@@ -395,9 +391,10 @@ def _keep_gradients(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[1:])
 
 
+@torch.autograd.function.once_differentiable
 def _scale_gradients(ctx, grad_loss: Tensor, *_):
     hidden_grad, table_grad = ctx.saved_tensors
-    return hidden_grad * grad_loss, table_grad.mul_(grad_loss), None, None, None, None, None
+    return hidden_grad * grad_loss, table_grad * grad_loss, None, None, None, None, None
 
 
 linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)

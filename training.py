@@ -93,7 +93,7 @@ def main(cfg: Config) -> None:
 
 def keep_memory() -> None:
     """Training on a CPU frees and takes the same large blocks in each step. glibc returns those above 32 MB to the system
-    at once, whose fresh pages cost a fifth of the time; other C libraries are left as they are."""
+    at once, whose fresh pages cost a sixth of the time; other C libraries are left as they are."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
