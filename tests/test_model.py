@@ -388,3 +388,11 @@ def test_zero_outputs_makes_every_layer_the_identity(tokens):
     model = tiny_model()
     model.zero_outputs()
     torch.testing.assert_close(model.hidden(tokens), model.norm(model.embed_tokens(tokens)))
+
+
+def test_the_graph_of_a_loss_may_be_walked_twice(tokens):
+    model = tiny_model()
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    table = model.embed_tokens.weight
+    once, again = (torch.autograd.grad(3 * loss, table, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(once, again, rtol=0, atol=0)
