@@ -21,8 +21,8 @@ import training
 from config import parse_config
 
 SHAPE = ["--dim=32", "--n_layers=3", "--n_heads=4", "--n_kv_heads=2", "--seq_len=32", "--qk_norm", "--dtype=fp32"]
-BATCH = ["--batch_size=2", "--batch_tokens=512", "--max_steps=6", "--max_lr=3e-3", "--grad_clip=0.3", "--ema=0.9"]
-OFTEN = ["--log_every=1", "--eval_every=3", "--eval_tokens=600", "--checkpoint_every=2", "--sample_every=0"]
+BATCH = ["--batch_size=2", "--batch_tokens=512", "--max_steps=20", "--max_lr=3e-3", "--grad_clip=0.3", "--ema=0.9"]
+OFTEN = ["--log_every=1", "--eval_every=10", "--eval_tokens=600", "--checkpoint_every=7", "--sample_every=0"]
 
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -53,9 +53,9 @@ def values(run_dir: Path, key: str) -> list[float]:
 
 def same_run(a: Path, b: Path, optimizer: str) -> None:
     """Losses within 1e-4, the same text (Muon's bf16 products may tip a drawn token), the same HellaSwag scores, and checkpoints of the same names and shapes."""
-    for key, count in (("loss", 6), ("val_loss", 3), ("hellaswag_acc_norm", 3)):
+    for key, count in (("loss", 20), ("val_loss", 3), ("hellaswag_acc_norm", 3)):
         assert len(values(a, key)) == count and values(a, key) == pytest.approx(values(b, key), abs=1e-4), key
-    one, other = (checkpoint.read(checkpoint.path_of(run_dir, 6)) for run_dir in (a, b))
+    one, other = (checkpoint.read(checkpoint.path_of(run_dir, 20)) for run_dir in (a, b))
     assert one.keys() == other.keys() and one["optimizer"].keys() == other["optimizer"].keys()
     for part in ("model", "ema"):
         checkpoint.check_shapes(other[part], one[part], b)
@@ -101,9 +101,9 @@ def test_every_mode_learns_what_one_process_learns(alone, data, items, tmp_path,
 @slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_goes_on_in_another_mode(alone, data, items, tmp_path, optimizer):
-    """ddp on 2 processes to step 2, fsdp on 4 to step 4, one process to the end, each from the other's file."""
+    """ddp on 2 processes to step 7, fsdp on 4 to step 14, one process to the end, each from the other's file."""
     run_dir, done = tmp_path / "run", tmp_path / "done"
-    for step, processes, mode in ((0, 2, "ddp"), (2, 4, "fsdp"), (4, 1, "fsdp")):
+    for step, processes, mode in ((0, 2, "ddp"), (7, 4, "fsdp"), (14, 1, "fsdp")):
         for path in run_dir.glob("*") if step else []:
             if path.name == "final_metrics.json" or int("0" + "".join(filter(str.isdigit, path.stem))) > step:
                 path.unlink()
@@ -115,7 +115,7 @@ def test_a_run_goes_on_in_another_mode(alone, data, items, tmp_path, optimizer):
             training.main(parse_config(training.Config, command))
     shutil.copytree(run_dir, done)
     assert values(done, "loss") == pytest.approx(values(alone(optimizer), "loss"), abs=1e-4)
-    assert "done: 6 steps" in (done / "train.log").read_text()
+    assert "done: 20 steps" in (done / "train.log").read_text()
 
 
 HOLD = (
@@ -281,25 +281,25 @@ def test_a_checkpoint_in_parts_goes_on_anywhere_and_becomes_one_file(alone, data
     run_dir = tmp_path / "run"
     command = arguments(data, items, run_dir, f"--optimizer={optimizer}", "--parallel=fsdp", "--hellaswag=none")
     ranks(2, ["-c", PARTS, *command])
-    folder = run_dir / "checkpoint_step_4.pt"
+    folder = run_dir / "checkpoint_step_14.pt"
     assert folder.is_dir() and len(list(folder.glob("*.distcp"))) == 2 and not list(run_dir.glob(".*.tmp"))
-    shutil.rmtree(run_dir / "checkpoint_step_6.pt")
+    shutil.rmtree(run_dir / "checkpoint_step_20.pt")
     (run_dir / "final_metrics.json").unlink()
     shutil.copytree(run_dir, tmp_path / "three")
     shutil.copytree(run_dir, tmp_path / "file")
-    shutil.rmtree(tmp_path / "file/checkpoint_step_4.pt")
-    checkpoint.one_file(folder, tmp_path / "file/checkpoint_step_4.pt")
+    shutil.rmtree(tmp_path / "file/checkpoint_step_14.pt")
+    checkpoint.one_file(folder, tmp_path / "file/checkpoint_step_14.pt")
     ranks(3, ["-c", RUN, *command, f"--run_dir={tmp_path / 'three'}"])
     for way in (run_dir, tmp_path / "file"):
         training.main(parse_config(training.Config, [*command, f"--run_dir={way}"]))
-    whole = checkpoint.read(checkpoint.path_of(alone(optimizer), 6))
+    whole = checkpoint.read(checkpoint.path_of(alone(optimizer), 20))
     for way in (run_dir, tmp_path / "three", tmp_path / "file"):
         assert values(way, "loss") == pytest.approx(values(alone(optimizer), "loss"), abs=1e-4)
-        ended = checkpoint.read(checkpoint.path_of(way, 6))
+        ended = checkpoint.read(checkpoint.path_of(way, 20))
         assert all(torch.allclose(ended["ema"][k], whole["ema"][k], atol=2e-3) for k in whole["ema"])
     model, meta = checkpoint.load_model(folder)
-    again, _ = checkpoint.load_model(tmp_path / "file/checkpoint_step_4.pt")
-    assert meta["step"] == 4 and all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    again, _ = checkpoint.load_model(tmp_path / "file/checkpoint_step_14.pt")
+    assert meta["step"] == 14 and all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
 def test_an_index_that_would_run_code_is_refused(tmp_path):
