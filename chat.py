@@ -1,613 +1,641 @@
 """Talk to a checkpoint: it continues the text you type.
 
     python chat.py checkpoints                              # a run directory, a checkpoint file or a Hub id
-    python chat.py runs/a runs/b                            # a second one, for /compare side by side
+    python chat.py runs/a runs/b                            # two checkpoints, for /compare
     printf 'The sky is\\n/bench\\n' | python chat.py runs/a   # prompts and commands from a pipe
-    python chat.py runs/a --prompt="The sky is" --json      # one answer, with its tokens and settings
+    python chat.py runs/a --prompt="The sky is" --json      # one completion, with its tokens and settings
 
-A masked-diffusion checkpoint fills its answer in, in any order; on a terminal one sees it do so. Each prompt stands
-alone: these are base models, which know no questions, answers or turns. /help lists the commands. Ctrl-C stops an
-answer, Ctrl-D leaves. A prompt of several lines has a backslash at the end of each but the last, or \""" before and
-after it. What you type is kept in ~/.local/state/nano416/chat_history.
+These are base models: they continue text and know nothing of questions or turns, so each prompt stands alone. /help
+lists the commands. Ctrl-C stops a completion, Ctrl-D exits. A prompt of several lines has a backslash at the end of
+each line but the last, or \""" before and after it. The history is kept in ~/.local/state/nano416/chat_history.
 """
 
 import codecs
 import contextlib
-import dataclasses
-import inspect
 import io
 import json
 import math
 import os
 import random
-import re
 import shutil
 import statistics
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import config
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line and /set change."""
-
-    max_tokens: int = 200  # length of an answer at most
-    temperature: float = 0.8  # 0 = always the likeliest token, 1 = as the model says
-    top_k: int | None = 50  # choose among so many of the likeliest tokens; none = all
-    top_p: float | None = None  # choose among the likeliest tokens that together hold this probability; none = all
-    min_p: float | None = None  # drop tokens less likely than this times the likeliest one; none = drop none
-    repetition_penalty: float | None = None  # above 1: tokens already in the text become less likely; none = 1
-    seed: int | None = None  # the same seed gives the same answer to a prompt; none = a new one each time
-    steps: int | None = None  # masked diffusion: forward passes for an answer; none = one per token
-    block_length: int | None = 32  # masked diffusion: fill so many tokens before the next ones; none = all at once
-    remasking: Literal["low_confidence", "random"] = "low_confidence"  # masked diffusion: which predictions wait
-    guidance: float = 0.0  # masked diffusion: above 0 the answer keeps closer to the prompt (classifier-free guidance)
-    device: str | None = None  # cpu or cuda; none = cuda if there is one
-    dtype: Literal["fp32", "bf16", "int8"] | None = None  # of the weights; none = bf16 on a GPU, else fp32
-    lookup: int = 8  # tokens to guess at once where the text repeats itself: the same text, sooner; 0 = none
-    compile: bool = False  # on a GPU: a minute to begin with, then tokens in a fraction of the time; int8 needs it
-
-    def __post_init__(self) -> None:
-        for name, holds, limits in (
-            ("max_tokens", lambda x: x >= 1, "at least 1"),
-            ("temperature", lambda x: x >= 0, "at least 0"),
-            ("top_k", lambda x: x >= 1, "at least 1, or none"),
-            ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1, or none"),
-            ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1, or none"),
-            ("repetition_penalty", lambda x: x > 0, "above 0, or none"),
-            ("lookup", lambda x: x >= 0, "at least 0"),
-            ("steps", lambda x: x >= 1, "at least 1, or none"),
-            ("block_length", lambda x: x >= 1, "at least 1, or none"),
-            ("seed", lambda x: 0 <= x < 2**63, "from 0 to 2**63 - 1, or none"),
-        ):
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{name} must be {limits}, got {value}")
-
-
-def parse(argv: list[str] | None = None) -> Any:
-    """The command line, its `options` checked. Runs before torch is imported, which takes seconds."""
-    parser = config.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file, run directory or Hub id")
-    parser.add_argument("checkpoint2", metavar="CHECKPOINT2", nargs="?", help="another one, for /compare and --prompt")
-    once = parser.add_mutually_exclusive_group()
-    once.add_argument("--prompt", metavar="TEXT", help="continue this text and leave")
-    once.add_argument("--prompt_file", metavar="FILE", help="continue this file's text (- = stdin) and leave")
-    parser.add_argument("--json", action="store_true", help="answers as JSON objects, one a line")
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Options), re.MULTILINE))
-    for f in dataclasses.fields(Options):
-        text = f"{comments[f.name]} [{'none' if f.default is None else f.default}]"
-        parser.add_argument(f"--{f.name}", default=f.default, metavar="X", help=text)
-    args = parser.parse_args(argv)
-    try:
-        args.options = config.from_dict(Options, {f.name: getattr(args, f.name) for f in dataclasses.fields(Options)})
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-if __name__ == "__main__":
-    ARGS = parse()
-    # Read when torch is loaded. Threads that spin at barriers starve where others compute too: on 2 shared cores
-    # a 2.7M model wrote 19-48 tokens/s instead of 244-265, a 141M model 5-7 instead of 12-21.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from typing import Literal, NamedTuple
 
 import torch
 
-import checkpoint
-from inference import Step, bandwidth, bytes_per_token, choose_threads, prepare
-from model import Transformer, generate
-from shards import Tokenizer, load_tokenizer
-from terminal import HEAT, Frame, columns, heat, pipe_reader, remark, terminal_reader, visible, whole_text
+from model import Transformer
+from nano416 import checkpoint, cpu_ops
+from nano416.config import format_value, from_dict, parse_config, run_cli, unknown_name, visible
+from nano416.devices import pick_device
+from nano416.generate import Decode, Sampling, decode_cached, decode_uncached, generate, next_logits
+from nano416.quantize import CompiledDecoder, bytes_per_token, memory_bandwidth, quantize_
+from nano416.tokenizer import Tokenizer, load_tokenizer
 
-DRAWING = ("temperature", "top_k", "top_p", "min_p")
-SAMPLING = (*DRAWING, "repetition_penalty")  # options that `generate` takes as they are
-FILLING = ("steps", "block_length", "remasking", "guidance")  # and with DRAWING those that `diffusion.fill` does
-PROMPT = "The meaning of life is"  # of /bench and /compare
-BENCH_RUNS, BENCH_TOKENS = 3, 128
-OPEN = "░"  # a token that is not filled in yet
-COMPARE_TOKENS = 64  # without cache each token costs a pass over all the text before it
-Show = Callable[[str], None]  # what is done with a piece of text
-FINISH = {"stop": "the model ended its text", "length": "max_tokens reached", "interrupted": "stopped"}
+# The prompt of /bench and /compare.
+PROMPT = "The meaning of life is"
+BENCH_RUNS = 3
+BENCH_TOKENS = 128
+# Fewer than for /bench: without a cache each token is a forward pass over all of the text before it.
+COMPARE_TOKENS = 64
+DIFFUSION_OPTIONS = ("steps", "block_length", "remasking", "guidance")
+# Options that /set cannot change.
+FIXED_OPTIONS = ("checkpoints", "prompt", "prompt_file", "json")
+FINISH = {"stop": "end of text", "length": "max_tokens reached", "interrupted": "interrupted"}
+
+Show = Callable[[str], None]
+Read = Callable[[str], str]
 
 
-class Voice(NamedTuple):
-    """One checkpoint, ready to speak."""
+@dataclass(frozen=True)
+class ChatConfig:
+    """What the command line sets and /set changes."""
+
+    checkpoints: list[str]  # one or two of: run directory, checkpoint file, Hub id
+    prompt: str | None = None  # continue this text and exit
+    prompt_file: str | None = None  # continue the text of this file (- = stdin) and exit
+    json: bool = False  # print completions as JSON objects, one per line
+    max_tokens: int = 200  # maximum number of new tokens
+    temperature: float = 0.8  # 0 = greedy
+    top_k: int | None = 50  # sample from the k likeliest tokens; none = all
+    top_p: float | None = None  # sample from the likeliest tokens that together have this probability; none = all
+    min_p: float | None = None  # drop tokens less likely than this times the likeliest one; none = keep all
+    repetition_penalty: float | None = None  # above 1: tokens of the context become less likely; none = 1
+    seed: int | None = None  # random seed of a completion; none = a new one each time
+    steps: int | None = None  # masked diffusion: forward passes per completion; none = one per token
+    block_length: int | None = 32  # masked diffusion: tokens per block, filled in from left to right; none = one block
+    remasking: Literal["low_confidence", "random"] = "low_confidence"  # masked diffusion: which predictions to redo
+    guidance: float = 0.0  # masked diffusion: classifier-free guidance; above 0 follows the prompt more closely
+    device: str | None = None  # cpu, cuda, cuda:1, ...; none = cuda if there is one
+    dtype: Literal["fp32", "bf16", "int8"] | None = None  # of the weights; none = bf16 on a GPU, fp32 on a CPU
+    compile: bool = False  # compile decoding (GPU only): the first token takes a minute, the others much less
+
+    def __post_init__(self) -> None:
+        if len(self.checkpoints) > 2:
+            raise ValueError(f"expected one or two checkpoints, got {len(self.checkpoints)}")
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("--prompt and --prompt_file exclude each other; leave one out")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {value}")
+        for name in ("max_tokens", "top_k", "steps", "block_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def sampling(self, seed: int) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, seed)
+
+
+class LoadedModel(NamedTuple):
+    """A checkpoint that is ready to generate text."""
 
     name: str
     step: int
     model: Transformer
     tokenizer: Tokenizer
     dtype: str
-    n_params: int
-    bytes_per_token: int
-    compiled: Step | None = None
+    decode: Decode
+
+    @property
+    def is_diffusion(self) -> bool:
+        return not self.model.config.causal
 
     def __str__(self) -> str:
-        device = self.model.embed_tokens.weight.device
+        config = self.model.config
+        device = self.model.norm.weight.device
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
         return visible(
-            f"{self.name}: step {self.step:,}, {self.n_params / 1e6:.1f}M parameters, {self.tokenizer.name} tokenizer, "
-            f"context of {self.model.config.seq_len} tokens, {self.dtype} on {device}{threads}"
+            f"{self.name}: step {self.step:,}, {config.num_params() / 1e6:.1f}M parameters, {self.tokenizer.name} "
+            f"tokenizer, context of {config.seq_len} tokens, {self.dtype} on {device}{threads}"
         )
 
 
 @dataclass
-class Turn:
+class Completion:
     """A prompt and what the model made of it."""
 
     prompt: str
     seed: int
     tokens: list[int] = field(default_factory=list)
     text: str = ""
-    finish: str = "interrupted"
+    finish: str = "interrupted"  # a key of FINISH
 
 
-class Session:
-    """The voices, the options, and the turns so far."""
-
-    def __init__(self, paths: list[str], options: Options, interactive: bool = False, as_json: bool = False):
-        self.paths, self.options, self.interactive, self.as_json = paths, options, interactive, as_json
-        self.voices = [load(path, options) for path in paths]
-        self.turns: list[Turn] = []
-        check_effect(self.voices, options)
-
-    def ask(self, prompt: str, seed: int | None = None, voice: Voice | None = None) -> None:
-        """Print the answer as it comes."""
-        voice, seed = voice or self.voices[0], self.seed() if seed is None else seed
-        started = time.monotonic()
-        show = ignore if self.as_json else write
-        draw = Frame() if self.interactive and os.environ.get("TERM") != "dumb" else ignore
-        turn = answer(voice, prompt, self.options, seed, show, draw)
-        per_s = len(turn.tokens) / (time.monotonic() - started)
-        self.turns.append(turn)
-        if self.as_json:
-            facts = {"checkpoint": voice.name, "step": voice.step, "options": asdict(self.options)}
-            print(json.dumps({**asdict(turn), "tokens_per_s": round(per_s, 1), **facts}), flush=True)
-        else:
-            print(flush=True)
-        if self.interactive:
-            print(f"({len(turn.tokens)} tokens, {per_s:.1f}/s, {FINISH[turn.finish]})")
-        elif turn.finish == "interrupted":
-            raise KeyboardInterrupt
-
-    def seed(self) -> int:
-        """That of the next answer: any, unless one is set."""
-        return random.randrange(2**31) if self.options.seed is None else self.options.seed
-
-    def last(self) -> Turn:
-        """The last prompt and its answer. Raises ValueError."""
-        if not self.turns:
-            raise ValueError("there is no answer yet")
-        return self.turns[-1]
+def load_models(cfg: ChatConfig) -> list[LoadedModel]:
+    """Load the checkpoints. Raises ValueError if one cannot be read, or if none of them follows an option."""
+    models = [load(path, cfg) for path in cfg.checkpoints]
+    check_effect(models, cfg)
+    return models
 
 
-def load(path: str, options: Options) -> Voice:
-    """A checkpoint on the device and in the precision that the options name. Raises ValueError."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not usable: {str(error).splitlines()[0]}") from error
-    if options.compile and not device.startswith("cuda"):
+def load(path: str, cfg: ChatConfig) -> LoadedModel:
+    """Load a checkpoint on the configured device, with weights of the configured dtype. Raises ValueError."""
+    device = pick_device(cfg.device)
+    if cfg.compile and device.type != "cuda":
         raise ValueError(f"compile = true is for a GPU, the device is {device}; leave it out")
-    model, meta = checkpoint.load_model(path, device)
-    tokenizer = load_tokenizer(meta["tokenizer"])
-    dtype = options.dtype or ("fp32" if device == "cpu" else "bf16")
-    size = model.num_params(), bytes_per_token(model, dtype)  # of the weights as they are before they are packed
-    prepare(model, dtype)
-    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ and model.config.causal:
-        choose_threads(model)
-    step = Step(model) if options.compile else None
-    if step is not None:
-        step.compile(mode="reduce-overhead", fullgraph=True)
-    return Voice(meta["path"], meta["step"], model, tokenizer, dtype, *size, step)
+    model, metadata = checkpoint.load_model(path, device)
+    tokenizer = load_tokenizer(metadata["tokenizer"])
+    dtype = cfg.dtype or ("fp32" if device.type == "cpu" else "bf16")
+    quantize_(model, dtype)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # A step of masked diffusion processes the whole text, a step of decoding one token.
+        n_tokens = 1 if model.config.causal else min(64, model.config.seq_len)
+        cpu_ops.choose_threads(lambda: next_logits(model, [0] * n_tokens))
+    decode = CompiledDecoder(model).decode if cfg.compile else decode_cached
+    return LoadedModel(metadata["path"], metadata["step"], model, tokenizer, dtype, decode)
 
 
-def check_effect(voices: list[Voice], options: Options) -> None:
-    """Raise ValueError for an option that none of the voices can follow."""
-    continuing = [voice.model.config.causal for voice in voices]
-    for names, followed, kind in (
-        (FILLING, not all(continuing), "autoregressive"),
-        (("repetition_penalty",), any(continuing), "masked-diffusion"),
-    ):
-        changed = [name for name in names if getattr(options, name) != getattr(Options(), name)]
-        if changed and not followed:
-            raise ValueError(f"{changed[0]} has no effect on {kind} checkpoints; leave it out")
+def check_effect(models: list[LoadedModel], cfg: ChatConfig) -> None:
+    """Raise ValueError for an option that has no effect on any of the models."""
+    # Options that were not given cannot be told from options given their default, which do no harm.
+    defaults = ChatConfig(cfg.checkpoints)
+    for name in (*DIFFUSION_OPTIONS, "repetition_penalty"):
+        for_diffusion = name in DIFFUSION_OPTIONS
+        is_changed = getattr(cfg, name) != getattr(defaults, name)
+        if is_changed and all(loaded.is_diffusion != for_diffusion for loaded in models):
+            kind = "autoregressive" if for_diffusion else "masked-diffusion"
+            raise ValueError(f"{name} has no effect on {kind} checkpoints; leave it out")
 
 
-# ---- Text in, text out -----------------------------------------------------------------------------------------------
+# ---- Generation ------------------------------------------------------------------------------------------------------
 
 
-def write(text: str) -> None:
-    """A piece of an answer, at once."""
-    print(visible(text), end="", flush=True)
+def respond(loaded: LoadedModel, prompt: str, cfg: ChatConfig, seed: int, show: Show) -> Completion:
+    """Continue `prompt`, calling `show` with each piece of text as soon as its characters are complete.
 
-
-def ignore(text: str) -> None:
-    """For an answer that is shown when it is whole."""
-
-
-def encode(voice: Voice, text: str) -> list[int]:
-    """The tokens of `text`, cut from the left to the model's context."""
-    tokens, limit = voice.tokenizer.encode(text), voice.model.config.seq_len
-    if len(tokens) > limit:
-        remark(f"(prompt of {len(tokens)} tokens, context of {limit}: the first {len(tokens) - limit} are cut off)")
-    return tokens[-limit:]
-
-
-def pieces(voice: Voice, tokens: Iterator[int]) -> Iterator[tuple[int, str]]:
-    """Each token with the characters that it completes; -1 stands for the end, with what is left of a broken one."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        yield token, decoder.decode(voice.tokenizer.spell(token))
-    yield -1, decoder.decode(b"", final=True)
-
-
-def answer(voice: Voice, prompt: str, options: Options, seed: int, show: Show, draw: Show = ignore) -> Turn:
-    """Continue `prompt`, handing text to `show` as soon as its characters are whole. Ctrl-C ends it early.
-
-    A masked-diffusion model hands its answer to `draw` after each step, then an empty text, and to `show` at the end.
+    Ctrl-C ends the completion early. Raises ValueError for an empty prompt.
     """
     if not prompt:
         raise ValueError("the prompt is empty; the model needs a text to continue")
-    turn, tokens = Turn(prompt, seed), encode(voice, prompt)
-    if not voice.model.config.causal:
-        fill_in(voice, turn, tokens, options, draw)
-        show(turn.text)
-        return turn
-    ways: dict[str, Any] = {name: getattr(options, name) for name in (*SAMPLING, "lookup")}
-    ways |= {"seed": seed, "step": voice.compiled, "stop_token": voice.tokenizer.eot_id}
+    prompt_tokens = encode(loaded, prompt)
+    if loaded.is_diffusion:
+        new_tokens = decided_tokens(loaded, generate_diffusion(loaded, prompt_tokens, cfg, seed))
+    else:
+        new_tokens = generate(loaded.model, prompt_tokens, cfg.max_tokens, cfg.sampling(seed), loaded.decode)
+    completion = Completion(prompt, seed)
+    # A token may end in the middle of a character, whose bytes wait here for the next token.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     with contextlib.suppress(KeyboardInterrupt):
-        for token, text in pieces(voice, generate(voice.model, tokens, options.max_tokens, **ways)):
-            turn.tokens += [token] if token >= 0 else []
-            turn.text += text
+        for token in new_tokens:
+            if token == loaded.tokenizer.eot_id:
+                completion.finish = "stop"
+                break
+            completion.tokens.append(token)
+            text = decoder.decode(loaded.tokenizer.token_bytes(token))
+            completion.text += text
             show(text)
-        turn.finish = "length" if len(turn.tokens) == options.max_tokens else "stop"
-    return turn
+        else:
+            completion.finish = "length"
+        text = decoder.decode(b"", final=True)
+        completion.text += text
+        show(text)
+    return completion
 
 
-def fill_in(voice: Voice, turn: Turn, prompt: list[int], options: Options, draw: Show) -> None:
-    """Let a masked-diffusion model write the turn. What Ctrl-C leaves is the text before the first open token."""
-    import diffusion
+def encode(loaded: LoadedModel, text: str) -> list[int]:
+    """The tokens of `text`; if they exceed the model's context, the last ones."""
+    tokens = loaded.tokenizer.encode(text)
+    seq_len = loaded.model.config.seq_len
+    excess = len(tokens) - seq_len
+    if excess > 0:
+        warn(f"(prompt of {len(tokens)} tokens, context of {seq_len}: the first {excess} are cut off)")
+    return tokens[-seq_len:]
 
-    prompt, length = diffusion.fit(voice.model, prompt, options.max_tokens)
-    if length < options.max_tokens:
-        remark(f"(answer of {length} tokens: with the prompt it fills the context of {voice.model.config.seq_len})")
-    eot, mask, tokens = voice.tokenizer.eot_id, diffusion.mask_id(voice.model), []
-    settings = {name: getattr(options, name) for name in (*DRAWING, *FILLING)}
-    with contextlib.suppress(KeyboardInterrupt):
-        for tokens in diffusion.fill(voice.model, prompt, length, **settings, seed=turn.seed, stop_token=eot):
-            parts = [OPEN.encode() if token == mask else voice.tokenizer.spell(token) for token in tokens]
-            draw(b"".join(parts).decode("utf-8", "replace"))
-        turn.finish = "stop" if eot in tokens else "length"
-    draw("")
-    end = next((i for i, token in enumerate(tokens) if token in (eot, mask)), len(tokens))
-    turn.tokens = tokens[:end]
-    turn.text = voice.tokenizer.decode(turn.tokens)
+
+def generate_diffusion(loaded: LoadedModel, prompt: list[int], cfg: ChatConfig, seed: int) -> Iterator[list[int]]:
+    """Yield all new tokens after each step of masked diffusion; undecided ones are the mask token."""
+    from nano416 import diffusion
+
+    prompt, max_tokens = diffusion.fit_to_context(loaded.model, prompt, cfg.max_tokens)
+    if max_tokens < cfg.max_tokens:
+        warn(f"(only {max_tokens} new tokens: with the prompt they fill the context of {loaded.model.config.seq_len})")
+    sampling = replace(cfg.sampling(seed), stop_token=loaded.tokenizer.eot_id)
+    denoise_cfg = diffusion.DenoiseConfig(cfg.steps, cfg.block_length, cfg.remasking, cfg.guidance)
+    yield from diffusion.denoise(loaded.model, prompt, max_tokens, sampling, denoise_cfg)
+
+
+def decided_tokens(loaded: LoadedModel, states: Iterator[list[int]]) -> Iterator[int]:
+    """Yield the tokens of a masked diffusion from left to right, each as soon as all before it are decided."""
+    n_decided = 0
+    for tokens in states:
+        # The mask token is the first one after the vocabulary.
+        while n_decided < len(tokens) and tokens[n_decided] < loaded.model.config.vocab_size:
+            yield tokens[n_decided]
+            n_decided += 1
 
 
 @torch.inference_mode()
-def probabilities(voice: Voice, prompt: list[int], tokens: list[int]) -> list[float]:
-    """How likely each of `tokens` is after all before it, at temperature 1; the last ones if not all fit the context."""
-    if not voice.model.config.causal:
-        import diffusion
+def token_logprobs(loaded: LoadedModel, prompt: list[int], tokens: list[int]) -> list[float]:
+    """log p in nats of each of `tokens`, given all tokens before it; of the last ones if not all fit the context."""
+    seq_len = loaded.model.config.seq_len
+    if loaded.is_diffusion:
+        from nano416 import diffusion
 
-        prompt = prompt[-max(1, voice.model.config.seq_len - len(tokens)) :]
-        return diffusion.log_likelihood(voice.model, prompt, tokens)[0].exp().tolist()
-    text = torch.tensor([prompt + tokens], device=voice.model.embed_tokens.weight.device)
-    text = text[:, -voice.model.config.seq_len - 1 :]
-    chances = voice.model(text[:, :-1]).float().softmax(-1).gather(-1, text[:, 1:, None])  # [1, T, 1]
-    return chances.flatten()[-len(tokens) :].tolist()
+        prompt = prompt[-max(1, seq_len - len(tokens)) :]
+        return diffusion.log_likelihood(loaded.model, prompt, tokens)[0].tolist()
+    # One more than the context holds: the last token is only predicted.
+    text = torch.tensor([prompt + tokens], device=loaded.model.norm.weight.device)[:, -seq_len - 1 :]  # [1, T + 1]
+    logprobs = loaded.model(text[:, :-1]).float().log_softmax(-1)  # [1, T, V]
+    return logprobs.gather(-1, text[:, 1:, None]).flatten()[-len(tokens) :].tolist()
 
 
-def timed(voice: Voice, prompt: list[int], n_tokens: int, **ways: Any) -> tuple[list[int], float, float]:
-    """Greedy tokens, seconds to the first of them (prefill), seconds for the others (decode)."""
-    tokens, first = [], 0.0
+class Session:
+    """The options, the loaded models and the last completion."""
+
+    def __init__(self, cfg: ChatConfig, interactive: bool = False):
+        self.cfg = cfg
+        self.models = load_models(cfg)
+        self.interactive = interactive
+        self.last: Completion | None = None
+
+    def ask(self, prompt: str, seed: int | None = None, loaded: LoadedModel | None = None) -> None:
+        """Print a completion as it is generated, by default the first model's with `next_seed`."""
+        loaded = loaded or self.models[0]
+        seed = self.next_seed() if seed is None else seed
+        started = time.monotonic()
+        completion = respond(loaded, prompt, self.cfg, seed, ignore if self.cfg.json else stream_text)
+        tokens_per_s = len(completion.tokens) / (time.monotonic() - started)
+        self.last = completion
+        if self.cfg.json:
+            options = {name: value for name, value in asdict(self.cfg).items() if name not in FIXED_OPTIONS}
+            origin = {"checkpoint": loaded.name, "step": loaded.step, "options": options}
+            print(json.dumps({**asdict(completion), "tokens_per_s": round(tokens_per_s, 1), **origin}), flush=True)
+        else:
+            print(flush=True)
+        if self.interactive:
+            print(f"({len(completion.tokens)} tokens, {tokens_per_s:.1f}/s, {FINISH[completion.finish]})")
+        elif completion.finish == "interrupted":
+            raise KeyboardInterrupt
+
+    def next_seed(self) -> int:
+        """Seed of the next completion: --seed, or a random one."""
+        return random.randrange(2**31) if self.cfg.seed is None else self.cfg.seed
+
+
+# ---- Measurements ----------------------------------------------------------------------------------------------------
+
+
+def time_generate(
+    loaded: LoadedModel, prompt: list[int], n_tokens: int, decode: Decode
+) -> tuple[list[int], float, float]:
+    """Generate greedily: (tokens, seconds to the first one (prefill), seconds for the others (decode))."""
+    tokens = []
+    first = 0.0
     started = time.perf_counter()
-    for token in generate(voice.model, prompt, n_tokens, temperature=0, **{"step": voice.compiled, **ways}):
+    for token in generate(loaded.model, prompt, n_tokens, Sampling(temperature=0), decode):
         first = first or time.perf_counter()
         tokens.append(token)
     return tokens, first - started, time.perf_counter() - first
 
 
-@contextlib.contextmanager
-def opening(path: str) -> Iterator[Path]:
-    """The file that a user names; what goes wrong with it is a ValueError that names it too."""
-    if not path:
-        raise ValueError("which file? give its name")
-    try:
-        yield Path(path)
-    except OSError as error:
-        raise ValueError(f"cannot open {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text") from error
+def time_diffusion(loaded: LoadedModel, prompt: list[int], cfg: ChatConfig) -> tuple[list[int], int, float]:
+    """Generate by masked diffusion: (tokens up to the end of text, number of steps, seconds)."""
+    started = time.perf_counter()
+    states = list(generate_diffusion(loaded, prompt, cfg, cfg.seed or 0))
+    seconds = time.perf_counter() - started
+    tokens = states[-1]
+    if loaded.tokenizer.eot_id in tokens:
+        tokens = tokens[: tokens.index(loaded.tokenizer.eot_id)]
+    return tokens, len(states), seconds
 
 
-# ---- Commands: a docstring is the command's line in /help ------------------------------------------------------------
+def bench_autoregressive(loaded: LoadedModel, prompt: list[int], cfg: ChatConfig) -> dict[str, float]:
+    _, prefill_s, decode_s = time_generate(loaded, prompt, cfg.max_tokens, loaded.decode)
+    return {
+        "prefill ms": 1000 * prefill_s,
+        "prefill tokens/s": len(prompt) / prefill_s,
+        "decode tokens/s": (cfg.max_tokens - 1) / decode_s,
+    }
 
 
-def show_help(session: Session, argument: str) -> None:
-    """/help: this list"""
-    rows = [str(command.__doc__).split(": ", 1) for command in COMMANDS.values()]
-    print("\n".join(f"{usage:18} {text}" for usage, text in rows))
-    print("Anything else is text to continue; begin it with a space if it starts with a slash.")
-
-
-def set_option(session: Session, argument: str) -> None:
-    """/set NAME VALUE: change an option, as in /set temperature 0.7; without a value, show it, or all"""
-    name, _, value = argument.replace("=", " ", 1).partition(" ")
-    name, values = name.strip("-").replace("-", "_"), asdict(session.options)  # --top-k as on the command line
-    if name and name not in values:
-        raise ValueError(config.unknown("option", name, values, "/set lists them"))
-    if not value:
-        shown = [name] if name else values
-        print("\n".join(f"{key} {'none' if values[key] is None else values[key]}" for key in shown))
-        return
-    options = config.from_dict(Options, {**values, name: value.strip()})
-    check_effect(session.voices, options)
-    if any(getattr(options, name) != values[name] for name in ("device", "dtype", "compile")):
-        session.voices = [load(path, options) for path in session.paths]
-    session.options = options
-
-
-def retry(session: Session, argument: str) -> None:
-    """/retry: another answer to the last prompt, with the next seed"""
-    session.ask(session.last().prompt, (session.last().seed + 1) % 2**63)
-
-
-def show_probabilities(session: Session, argument: str) -> None:
-    """/probs: how likely the model found each token of its last answer, as colours on a terminal"""
-    voice, turn = session.voices[0], session.last()
-    if not turn.tokens:
-        raise ValueError("the last answer is empty")
-    chances = probabilities(voice, voice.tokenizer.encode(turn.prompt), turn.tokens)
-    if len(chances) < len(turn.tokens):
-        remark(f"(the first {len(turn.tokens) - len(chances)} tokens lie beyond the context)")
-    tokens = turn.tokens[-len(chances) :]
-    if not session.interactive or "NO_COLOR" in os.environ:
-        print("\n".join(f"{p:.4f} {voice.tokenizer.decode([token])!r}" for p, token in zip(chances, tokens)))
-        return
-    print("".join(heat(text, p) for (_, text), p in zip(pieces(voice, iter(tokens)), [*chances, 0.0])))
-    print("probability at least " + " ".join(heat(f" {p} ", p) for p, _ in HEAT))
+def bench_diffusion(loaded: LoadedModel, prompt: list[int], cfg: ChatConfig) -> dict[str, float]:
+    tokens, n_steps, seconds = time_diffusion(loaded, prompt, cfg)
+    return {"steps": n_steps, "ms per step": 1000 * seconds / n_steps, "tokens/s": len(tokens) / seconds}
 
 
 def bench(session: Session, argument: str) -> None:
-    """/bench [PROMPT]: measure the speed, prefill (reading the prompt) and decode (writing) apart"""
-    n_tokens = min(session.options.max_tokens, BENCH_TOKENS)
-    for voice in session.voices:
-        print(voice, flush=True)
-        if voice.model.config.causal:
-            bench_writing(voice, encode(voice, argument or PROMPT), max(2, n_tokens))
-        else:
-            bench_filling(voice, argument or PROMPT, dataclasses.replace(session.options, max_tokens=n_tokens))
+    cfg = replace(session.cfg, max_tokens=max(2, min(session.cfg.max_tokens, BENCH_TOKENS)))
+    for loaded in session.models:
+        print(loaded)
+        prompt = encode(loaded, argument or PROMPT)
+        measure = bench_diffusion if loaded.is_diffusion else bench_autoregressive
+        # The first run is not counted: it allocates the memory and perhaps compiles.
+        warm_up = measure(loaded, prompt, cfg)
+        print(f"prompt of {len(prompt)} tokens, {cfg.max_tokens} new tokens")
+        print(f"{'run':>6}" + "".join(f"{name:>18}" for name in warm_up), flush=True)
+        runs = []
+        for run in range(1, BENCH_RUNS + 1):
+            runs.append(list(measure(loaded, prompt, cfg).values()))
+            print(f"{run:>6}" + "".join(f"{value:18.1f}" for value in runs[-1]), flush=True)
+        medians = [statistics.median(column) for column in zip(*runs)]
+        print("median" + "".join(f"{value:18.1f}" for value in medians), flush=True)
+        if not loaded.is_diffusion:
+            print(bandwidth_line(loaded, medians[-1]), flush=True)
 
 
-def bench_writing(voice: Voice, prompt: list[int], n_tokens: int) -> None:
-    """Speed of autoregression, beside the memory's limit."""
-    print(f"prompt of {len(prompt)} tokens, {n_tokens} new ones")
-    print("   run     prefill ms  prefill tokens/s   decode tokens/s", flush=True)
-    timed(voice, prompt, 8)  # warm-up
-    runs = (timed(voice, prompt, n_tokens) for _ in range(BENCH_RUNS))
-    rates = ((1000 * prefill, len(prompt) / prefill, (n_tokens - 1) / decode) for _, prefill, decode in runs)
-    *_, tokens_per_s = print_runs("{:>6} {:14.1f} {:17.1f} {:17.1f}", rates)
-    print(limit_line(voice, tokens_per_s), flush=True)
-
-
-def bench_filling(voice: Voice, prompt: str, options: Options) -> None:
-    """Speed of masked diffusion, which has no cache: each step reads prompt and answer again."""
-    print("   run      steps   ms per step          tokens/s", flush=True)
-    filled(voice, prompt, options)  # warm-up
-    runs = (filled(voice, prompt, options) for _ in range(BENCH_RUNS))
-    print_runs("{:>6} {:10.0f} {:13.1f} {:17.1f}", ((n, 1000 * s / n, len(turn.tokens) / s) for n, turn, s in runs))
-
-
-def print_runs(row: str, runs: Iterable[tuple[float, ...]]) -> list[float]:
-    """A row for each run as it ends, then one of the medians, which are returned."""
-    done = []
-    for number, rates in enumerate(runs, 1):
-        done.append(rates)
-        print(row.format(number, *rates), flush=True)
-    medians = [statistics.median(column) for column in zip(*done, strict=True)]
-    print(row.format("median", *medians))
-    return medians
-
-
-def limit_line(voice: Voice, tokens_per_s: float) -> str:
-    """How near a speed is to what the memory allows."""
-    gives = bandwidth(voice.model.embed_tokens.weight.device)
-    most = gives / voice.bytes_per_token
+def bandwidth_line(loaded: LoadedModel, tokens_per_s: float) -> str:
+    """How close a decoding speed comes to the limit of the memory: all weights are read once per token."""
+    weights = bytes_per_token(loaded.model, loaded.dtype)
+    bandwidth = memory_bandwidth(loaded.model.norm.weight.device)
+    limit = bandwidth / weights
     return (
-        f"{voice.bytes_per_token / 1e6:.1f} MB of weights per token from a memory of {gives / 1e9:.1f} GB/s: "
-        f"at most {most:.1f} tokens/s, {tokens_per_s / most:.0%} reached"
+        f"{weights / 1e6:.1f} MB of weights per token from a memory with {bandwidth / 1e9:.1f} GB/s: "
+        f"at most {limit:.1f} tokens/s, {tokens_per_s / limit:.0%} reached"
     )
 
 
-def filled(voice: Voice, prompt: str, options: Options) -> tuple[int, Turn, float]:
-    """Steps, the turn and seconds of one answer."""
-    steps: list[str] = []
-    started, turn = time.perf_counter(), Turn(prompt, options.seed or 0)
-    fill_in(voice, turn, encode(voice, prompt), options, steps.append)
-    if turn.finish == "interrupted":
-        raise KeyboardInterrupt
-    return len(steps) - 1, turn, time.perf_counter() - started
-
-
-def compare_steps(voice: Voice, prompt: str, options: Options, judge: Voice) -> None:
-    """Fewer steps are faster and fill in more tokens at once, without knowing of each other: what does that cost?"""
-    print(f"nats per token: of the answer, as {visible(judge.name)} reads it\n steps   tokens/s   nats per token")
-    n = steps = min(options.max_tokens, COMPARE_TOKENS)
-    while steps >= max(1, n // 16):
-        done, turn, seconds = filled(voice, prompt, dataclasses.replace(options, max_tokens=n, steps=steps))
-        chances = probabilities(judge, judge.tokenizer.encode(prompt), turn.tokens) if turn.tokens else []
-        nats = -sum(map(math.log, chances)) / len(chances) if chances else math.nan
-        print(f"{done:6} {len(turn.tokens) / seconds:10.1f} {nats:16.3f}   {visible(turn.text)!r}", flush=True)
-        steps //= 2
-
-
 def compare(session: Session, argument: str) -> None:
-    """/compare [PROMPT]: speed without cache, with it, guessing ahead, or with fewer steps; a second checkpoint's answer beside it"""
-    prompt, n_tokens = argument or PROMPT, min(session.options.max_tokens, COMPARE_TOKENS)
-    ways = {"without KV cache": {"use_cache": False}, "with KV cache": {}}
-    ways |= {"and guessing": {"lookup": session.options.lookup, "step": None}} if session.options.lookup else {}
-    for voice in session.voices:
-        print(voice, flush=True)
-        if not voice.model.config.causal:
-            others = [v for v in session.voices if v.model.config.causal and v.tokenizer.name == voice.tokenizer.name]
-            compare_steps(voice, prompt, session.options, others[0] if others else voice)
-            continue
-        tokens, found, seconds = encode(voice, prompt), [], []
-        for name, way in ways.items():
-            timed(voice, tokens, 2, **way)  # warm-up
-            new, prefill_s, decode_s = timed(voice, tokens, n_tokens, **way)
-            found.append(new)
-            seconds.append(prefill_s + decode_s)
-            print(
-                f"{name:>16} {n_tokens} tokens in {seconds[-1]:.2f} s = {n_tokens / seconds[-1]:.1f} tokens/s, "
-                f"{seconds[0] / seconds[-1]:.2f}x, {agreement(found[0], new)}",
-                flush=True,
-            )
-        print(limit_line(voice, n_tokens / seconds[1]), flush=True)
-    if len(session.voices) > 1:
+    prompt = argument or PROMPT
+    cfg = replace(session.cfg, max_tokens=min(session.cfg.max_tokens, COMPARE_TOKENS))
+    for loaded in session.models:
+        print(loaded, flush=True)
+        if loaded.is_diffusion:
+            others = [m for m in session.models if not m.is_diffusion and m.tokenizer.name == loaded.tokenizer.name]
+            compare_steps(loaded, prompt, cfg, judge=others[0] if others else loaded)
+        else:
+            compare_cache(loaded, encode(loaded, prompt), cfg.max_tokens)
+    if len(session.models) > 1:
         side_by_side(session, prompt)
 
 
-def agreement(one: list[int], other: list[int]) -> str:
-    """Whether two ways to decode wrote the same; rounding may turn a tie."""
-    differ = [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
-    return f"greedy tokens differ from number {differ[0] + 1} on" if differ else "the same greedy tokens"
+def compare_cache(loaded: LoadedModel, prompt: list[int], n_tokens: int) -> None:
+    """Print the speed without and with a KV cache, and whether both give the same tokens."""
+    seconds = []
+    texts = []
+    for name, decode in (("without KV cache", decode_uncached), ("with KV cache", loaded.decode)):
+        # A short run to warm up.
+        time_generate(loaded, prompt, 2, decode)
+        tokens, prefill_s, decode_s = time_generate(loaded, prompt, n_tokens, decode)
+        seconds.append(prefill_s + decode_s)
+        texts.append(tokens)
+        # Where two tokens are almost equally likely, rounding may decide differently.
+        differences = [i for i in range(n_tokens) if texts[0][i] != tokens[i]]
+        agreement = f"greedy tokens differ from token {differences[0] + 1} on" if differences else "same greedy tokens"
+        print(
+            f"{name:>16} {n_tokens} tokens in {seconds[-1]:.2f} s = {n_tokens / seconds[-1]:.1f} tokens/s, "
+            f"{seconds[0] / seconds[-1]:.2f}x, {agreement}",
+            flush=True,
+        )
+    print(bandwidth_line(loaded, n_tokens / seconds[-1]), flush=True)
+
+
+def compare_steps(loaded: LoadedModel, prompt: str, cfg: ChatConfig, judge: LoadedModel) -> None:
+    """Print speed and quality with 1 to 1/16 steps per token.
+
+    Fewer steps are faster and worse: tokens decided in the same step are predicted independently of each other.
+    """
+    print(f"nats per token: loss of {visible(judge.name)} on the new tokens\n steps   tokens/s   nats per token")
+    steps = cfg.max_tokens
+    while steps >= max(1, cfg.max_tokens // 16):
+        tokens, n_steps, seconds = time_diffusion(loaded, encode(loaded, prompt), replace(cfg, steps=steps))
+        logprobs = token_logprobs(judge, judge.tokenizer.encode(prompt), tokens) if tokens else [math.nan]
+        loss = -statistics.mean(logprobs)
+        text = loaded.tokenizer.decode(tokens)
+        print(f"{n_steps:6} {len(tokens) / seconds:10.1f} {loss:16.3f}   {text!r}", flush=True)
+        steps //= 2
+
+
+# ---- Commands --------------------------------------------------------------------------------------------------------
 
 
 def side_by_side(session: Session, prompt: str) -> None:
-    """What the voices make of one prompt, with the options and the seed that a typed prompt would have."""
-    seed, answers = session.seed(), []
-    for voice in session.voices:
-        turn = answer(voice, prompt, session.options, seed, ignore)
-        if turn.finish == "interrupted":
+    """Print the completions of both models in two columns, with the same options and seed."""
+    seed = session.next_seed()
+    texts = []
+    for loaded in session.models:
+        completion = respond(loaded, prompt, session.cfg, seed, ignore)
+        if completion.finish == "interrupted":
             raise KeyboardInterrupt
-        answers.append(visible(f"{voice.name}\n\n{prompt}{turn.text}"))
-    print(columns(answers, shutil.get_terminal_size().columns))
+        texts.append(visible(f"{loaded.name}\n\n{prompt}{completion.text}"))
+    print(columns(texts, shutil.get_terminal_size().columns))
 
 
-def save(session: Session, argument: str) -> None:
-    """/save FILE: write options, prompts and answers as JSON"""
-    options = {name: getattr(session.options, name) for name in ("max_tokens", *SAMPLING, *FILLING, "seed")}
-    turns = [{key: value for key, value in asdict(turn).items() if key != "tokens"} for turn in session.turns]
-    with opening(argument) as path:
-        if path.exists():
-            read_saved(path, session.options)  # only what /save wrote is written over
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps({"options": options, "turns": turns}, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+def columns(texts: list[str], width: int) -> str:
+    """The texts side by side, wrapped so that a line has at most `width` characters."""
+    column_width = max(10, (width - 3 * (len(texts) - 1)) // len(texts))
+    wrapped = []
+    for text in texts:
+        paragraphs = [textwrap.fill(line, column_width) for line in text.split("\n")]
+        wrapped.append("\n".join(paragraphs).split("\n"))
+    rows = zip_longest(*wrapped, fillvalue="")
+    return "\n".join(" | ".join(cell.ljust(column_width) for cell in row).rstrip() for row in rows)
 
 
-def load_saved(session: Session, argument: str) -> None:
-    """/load FILE: go on with what /save wrote, options included"""
-    with opening(argument) as path:
-        session.options, session.turns = read_saved(path, session.options)
-    for turn in session.turns:
-        turn.tokens = session.voices[0].tokenizer.encode(turn.text)
-        print(visible(f"> {turn.prompt}\n{turn.text}"))
+def retry(session: Session, argument: str) -> None:
+    if session.last is None:
+        raise ValueError("there is no completion yet; type a prompt first")
+    session.ask(session.last.prompt, (session.last.seed + 1) % 2**63)
 
 
-def read_saved(path: Path, options: Options) -> tuple[Options, list[Turn]]:
-    """What /save wrote, its options over the given ones. Raises ValueError when it is something else."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        turns = [config.from_dict(Turn, turn) for turn in saved["turns"]]
-        return config.from_dict(Options, {**asdict(options), **saved["options"]}), turns
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a file that /save wrote ({type(error).__name__}: {error})") from error
+def show_probabilities(session: Session, argument: str) -> None:
+    if session.last is None or not session.last.tokens:
+        raise ValueError("there is no completion yet; type a prompt first")
+    loaded = session.models[0]
+    tokens = session.last.tokens
+    logprobs = token_logprobs(loaded, loaded.tokenizer.encode(session.last.prompt), tokens)
+    if len(logprobs) < len(tokens):
+        warn(f"(the first {len(tokens) - len(logprobs)} tokens are no longer in the context)")
+    for logprob, token in zip(logprobs, tokens[-len(logprobs) :]):
+        print(f"{math.exp(logprob):.4f} {loaded.tokenizer.decode([token])!r}")
 
 
-def leave(session: Session, argument: str) -> None:
-    """/quit: leave, as Ctrl-D does"""
+def set_option(session: Session, argument: str) -> None:
+    name, _, value = argument.replace("=", " ", 1).partition(" ")
+    name = name.strip("-").replace("-", "_")  # --top-k, as on the command line
+    options = asdict(session.cfg)
+    names = [option for option in options if option not in FIXED_OPTIONS]
+    if name and name not in names:
+        raise ValueError(unknown_name("option", name, names, "/set lists them"))
+    if not value:
+        for option in [name] if name else names:
+            print(f"{option} {format_value(options[option])}")
+        return
+    cfg = from_dict(ChatConfig, {**options, name: value.strip()})
+    if name in ("device", "dtype", "compile") and cfg != session.cfg:
+        session.models = load_models(cfg)
+    check_effect(session.models, cfg)
+    session.cfg = cfg
+
+
+def show_help(session: Session, argument: str) -> None:
+    for name, command in COMMANDS.items():
+        print(f"{name + ' ' + command.argument:20} {command.help}")
+    print("Anything else is text to continue; put a space before text that starts with a slash.")
+
+
+def quit(session: Session, argument: str) -> None:
     raise EOFError
 
 
-COMMANDS: dict[str, Callable[[Session, str], None]] = {
-    "/retry": retry,
-    "/probs": show_probabilities,
-    "/bench": bench,
-    "/compare": compare,
-    "/set": set_option,
-    "/save": save,
-    "/load": load_saved,
-    "/help": show_help,
-    "/quit": leave,
+class Command(NamedTuple):
+    run: Callable[[Session, str], None]
+    argument: str
+    help: str
+
+
+COMMANDS = {
+    "/retry": Command(retry, "", "another completion of the last prompt, with the next seed"),
+    "/probs": Command(show_probabilities, "", "the probability of each token of the last completion"),
+    "/bench": Command(bench, "[PROMPT]", "measure the speed of prefill (reading the prompt) and decode (writing)"),
+    "/compare": Command(compare, "[PROMPT]", "speed with and without KV cache, or with fewer steps; both checkpoints"),
+    "/set": Command(set_option, "[NAME [VALUE]]", "change an option, as in /set temperature 0.7, or show its value"),
+    "/help": Command(show_help, "", "this list"),
+    "/quit": Command(quit, "", "exit, as Ctrl-D does"),
 }
 
 
 def run_command(session: Session, line: str) -> None:
-    """Do what a line that begins with a slash says."""
+    """Run the command of a line that begins with a slash. Raises ValueError if it is unknown or misused."""
     name, _, argument = line.strip().partition(" ")
     if name not in COMMANDS:
-        raise ValueError(config.unknown("command", name, COMMANDS, "/help lists them"))
-    COMMANDS[name](session, argument.strip())
+        raise ValueError(unknown_name("command", name, COMMANDS, "/help lists them"))
+    if argument and not COMMANDS[name].argument:
+        raise ValueError(f"{name} takes no argument, got {argument.strip()!r}")
+    COMMANDS[name].run(session, argument.strip())
 
 
-# ---- The conversation ------------------------------------------------------------------------------------------------
+# ---- Input and output ------------------------------------------------------------------------------------------------
 
 
-def converse(session: Session) -> None:
-    """Read a text, answer it, until there are no more."""
+def stream_text(text: str) -> None:
+    print(visible(text), end="", flush=True)
+
+
+def ignore(text: str) -> None:
+    """Show nothing: for completions that are printed as a whole."""
+
+
+def warn(text: str) -> None:
+    """Print one line to stderr."""
+    print(visible(" ".join(text.split())), file=sys.stderr, flush=True)
+
+
+def terminal_reader() -> Read:
+    """input() with line editing and a history, which is saved where a file can be written."""
+    try:
+        import readline
+    except ImportError:
+        # Python for Windows has no readline.
+        return input
+    state_home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    history = Path(state_home) / "nano416/chat_history"
+    readline.set_history_length(1000)
+    with contextlib.suppress(OSError):
+        history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        readline.read_history_file(history)
+
+    def read(prompt: str) -> str:
+        try:
+            line = input(prompt)
+        except EOFError:
+            # Ctrl-D leaves the cursor behind the prompt.
+            print()
+            raise
+        # After each line: when the window is closed it is too late.
+        with contextlib.suppress(OSError):
+            readline.write_history_file(history)
+        return line
+
+    return read
+
+
+def pipe_reader(prompt: str) -> str:
+    """The next line of stdin, without showing a prompt. Raises EOFError."""
+    line = sys.stdin.readline() if sys.stdin is not None else ""
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")
+
+
+def read_rest(line: str, read: Read) -> str:
+    """The whole prompt that begins with `line`: up to the closing quotes, or to a line without a final backslash."""
+    # If the input ends first, the prompt ends there.
+    with contextlib.suppress(EOFError):
+        if line.startswith('"""'):
+            line = line[3:]
+            while not line.endswith('"""'):
+                line += "\n" + read("... ")
+            return line.removesuffix('"""')
+        while line.endswith("\\"):
+            line = line[:-1] + "\n"
+            line += read("... ")
+    return line
+
+
+def repl(session: Session) -> None:
+    """Read prompts, which the model continues, and commands until the input ends."""
     read = terminal_reader() if session.interactive else pipe_reader
     while True:
         try:
             line = read("> ")
             if line.startswith("/"):
                 run_command(session, line)
-            elif (text := whole_text(line, read)).strip():
-                session.ask(text)
+                continue
+            prompt = read_rest(line, read)
+            if prompt.strip():
+                session.ask(prompt)
         except EOFError:
             return
         except KeyboardInterrupt:
             if not session.interactive:
                 raise
-            print("\n(Ctrl-D or /quit leaves)")
+            print("\n(Ctrl-D or /quit exits)")
         except ValueError as error:
-            remark(f"error: {error}")
+            warn(f"error: {error}")
 
 
-def read_prompt(args: Any) -> str | None:
+def read_prompt(cfg: ChatConfig) -> str | None:
     """The text of --prompt or --prompt_file, without the newline that ends a file."""
-    if args.prompt_file is None:
-        return args.prompt
-    with opening(args.prompt_file) as path:
-        text = sys.stdin.read() if args.prompt_file == "-" else path.read_text(encoding="utf-8")
+    if cfg.prompt_file is None:
+        return cfg.prompt
+    try:
+        text = sys.stdin.read() if cfg.prompt_file == "-" else Path(cfg.prompt_file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot open {cfg.prompt_file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{cfg.prompt_file} is not UTF-8 text") from error
     return text.removesuffix("\n")
 
 
-def main(args: Any) -> None:
-    """Command line."""
+def main(cfg: ChatConfig) -> None:
+    """Continue the one prompt of the command line, or start the REPL."""
+    # Replace or escape what is not UTF-8 or cannot be shown, where Python would raise UnicodeError.
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
-    prompt = read_prompt(args)
+    prompt = read_prompt(cfg)
     interactive = prompt is None and all(s is not None and s.isatty() for s in (sys.stdin, sys.stdout))
-    if args.json and interactive:
+    if cfg.json and interactive:
         raise ValueError("--json needs --prompt, --prompt_file or a pipe")
-    paths = [path for path in (args.checkpoint, args.checkpoint2) if path]
-    session = Session(paths, args.options, interactive, args.json)
+    session = Session(cfg, interactive)
     if interactive:
-        print("\n".join(map(str, session.voices)))
-        print("A base model: it continues your text, and knows no questions or turns. /help lists commands.")
+        print("\n".join(map(str, session.models)))
+        print("A base model: it continues your text and knows nothing of questions or turns. /help lists the commands.")
     if prompt is None:
-        converse(session)
-    elif len(paths) > 1 and not args.json:
+        repl(session)
+    elif len(session.models) > 1 and not cfg.json:
         side_by_side(session, prompt)
     else:
-        seed = session.seed()
-        for voice in session.voices:
-            session.ask(prompt, seed, voice)
-    print(end="", flush=True)  # a closed pipe shows here, inside config.run
+        seed = session.next_seed()
+        for loaded in session.models:
+            session.ask(prompt, seed, loaded)
+    # Flushed here, since run_cli handles the error of a pipe that was closed; at exit it would be a traceback.
+    print(end="", flush=True)
 
 
 if __name__ == "__main__":
-    config.run(lambda: main(ARGS))
+    run_cli(lambda: main(parse_config(ChatConfig)))

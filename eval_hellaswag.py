@@ -1,19 +1,20 @@
-"""HellaSwag accuracy of a checkpoint (Zellers et al. 2019): which of four endings continues a text?
+"""HellaSwag accuracy of a checkpoint (Zellers et al. 2019, arXiv:1905.07830): which of four endings continues a text?
 
     python eval_hellaswag.py --checkpoint checkpoints                       # all 10,042 validation items
     python eval_hellaswag.py --checkpoint checkpoints --num_examples 1000 --output scores.json
     python eval_hellaswag.py --checkpoint checkpoints --all                 # every checkpoint of the run, and a plot
     python eval_hellaswag.py --checkpoint hf:openai-community/gpt2          # a model of the Hub, or hf:FOLDER
     python eval_hellaswag.py --checkpoint runs/mdm --likelihood=counts --num_mc=128   # masked diffusion, Monte Carlo
-    python eval_hellaswag.py --compare a.json b.json                        # is b better than a?
+    python eval_hellaswag.py --compare=a.json,b.json                        # is b better than a?
     torchrun --standalone --nproc_per_node=8 eval_hellaswag.py --checkpoint checkpoints
 
-Items are read from --data, downloaded there once. Text, tokens and scores follow EleutherAI's lm-evaluation-harness:
-acc picks the ending of the highest log-likelihood, acc_norm divides it by the ending's length in characters first.
-The token mean (log-likelihood / number of tokens) is the rule of the seed and of build-nanogpt.
+Reads the items from --data; the default file is downloaded first if it is missing. Text, tokens and scores are exactly
+those of EleutherAI's lm-evaluation-harness: acc picks the ending with the highest log-likelihood, acc_norm divides it
+by the ending's length in characters first. The token mean (log-likelihood per token) is the rule of build-nanogpt and
+of the original 416M recipe.
 
-A masked-diffusion checkpoint scores an ending by the chain rule (each token from those before it, itself and the others
-masked: exact, one pass per token), or by Monte Carlo over masks (a lower bound; diffusion.py says how).
+A masked-diffusion checkpoint scores an ending by the chain rule (each token given those before it, with the rest
+masked: exact, one forward pass per token), or by Monte Carlo over masks (a lower bound; see nano416/diffusion.py).
 """
 
 # Tensor dimensions: B batch, T tokens, V vocabulary
@@ -26,86 +27,100 @@ import platform
 import re
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
-
-from config import ArgumentParser, run
-
-DATA = "data/hellaswag_val.jsonl"
-
-
-def parse(argv: list[str] | None = None) -> Any:
-    """The command line. Runs before torch is imported, which takes seconds."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", help="file, run directory or Hub id; hf:NAME is a model for transformers")
-    parser.add_argument("--all", action="store_true", help="score every checkpoint of the run, plot RUN/hellaswag.png")
-    parser.add_argument("--compare", nargs=2, metavar="JSON", help="difference of two --output files, score nothing")
-    parser.add_argument("--download", action="store_true", help="only fetch the items, score nothing")
-    parser.add_argument("--data", default=DATA, help=f"HellaSwag .jsonl, downloaded when it is the default [{DATA}]")
-    parser.add_argument("--num_examples", type=int, help="only the first N items [all]")
-    parser.add_argument(
-        "--likelihood", choices=("chain", "mc", "counts"), help="masked diffusion: how to score [chain]"
-    )
-    parser.add_argument("--num_mc", type=int, help="masked diffusion: draws per ending of mc and counts [32]")
-    parser.add_argument("--guidance", type=float, help="masked diffusion: away from endings without context [0]")
-    parser.add_argument("--output", help="write scores and items as JSON")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run [cuda if there is one]")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="precision of the matmuls [bf16 on a GPU, else fp32]")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    ARGS = parse()
+from typing import Any, Literal, NamedTuple
+from urllib.request import urlopen
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import checkpoint
-import distributed
-from scoring import Row, fit, longest_row, score_rows, sees_both_sides
-from shards import load_tokenizer
+from model import Transformer
+from nano416 import checkpoint, distributed, files, metrics
+from nano416.config import parse_config, run_cli
+from nano416.devices import device_name, pick_device
+from nano416.hub import hub_errors
+from nano416.scoring import Row, ScoringConfig, is_bidirectional, max_row_length, pack_context, score_rows
+from nano416.tokenizer import Tokenizer, load_tokenizer
 
+DATA = "data/hellaswag_val.jsonl"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-HUB = "Rowan/hellaswag"  # the same items as a data set of the Hub
+# The same items as a dataset of the Hub, for networks that block GitHub.
+HUB = "Rowan/hellaswag"
 N_VALIDATION = 10_042
-SCORING = ("likelihood", "num_mc", "guidance")
 RULES = ("acc", "acc_norm", "acc_token_mean")
-REFERENCES = (("chance", 25.0, 25.0), ("GPT-2 124M", 28.92, 31.14))  # acc, acc_norm in lm-evaluation-harness
+# acc and acc_norm as lm-evaluation-harness reports them.
+REFERENCES = (("chance", 25.0, 25.0), ("GPT-2 124M", 28.92, 31.14))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """HellaSwag of a checkpoint."""
+
+    checkpoint: str | None = None  # file, run directory or Hub id; hf:NAME is a model for transformers
+    all: bool = False  # score every checkpoint of the run and plot RUN/hellaswag.png
+    compare: list[str] | None = None  # A.json,B.json: compare two --output files, score nothing
+    download: bool = False  # only download the items, score nothing
+    data: str = DATA  # HellaSwag .jsonl; the default is downloaded if absent
+    num_examples: int | None = None  # only the first N items
+    likelihood: Literal["chain", "mc", "counts"] | None = None  # masked diffusion: how to score; none = chain
+    num_mc: int | None = None  # masked diffusion: Monte Carlo samples per ending of mc and counts; none = 32
+    guidance: float | None = None  # masked diffusion: guidance away from the ending without its context; none = 0
+    output: str | None = None  # write scores and items as JSON
+    device: str | None = None  # cpu or cuda; none = cuda if there is one
+    dtype: Literal["fp32", "bf16"] | None = None  # precision of matmuls; none = bf16 on a GPU, else fp32
+
+    def __post_init__(self):
+        if self.compare is not None and len(self.compare) != 2:
+            raise ValueError(f"--compare expects two --output files, A.json,B.json, got {','.join(self.compare)}")
+        if self.checkpoint is None and not self.compare and not self.download:
+            raise ValueError("--checkpoint is missing; give a run directory, a checkpoint file or a Hub id")
+        for name in ("num_examples", "num_mc"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.num_mc is not None and self.likelihood in (None, "chain"):
+            raise ValueError("--num_mc has no effect with the chain rule; add --likelihood=counts or mc")
+
+
+# ---- Items -----------------------------------------------------------------------------------------------------------
 
 
 class Item(NamedTuple):
-    """One question, as lm-evaluation-harness words it."""
+    """One question in the words of lm-evaluation-harness."""
 
     context: str
     endings: list[str]
-    label: int
+    label: int  # index of the right ending
 
 
 def load_items(path: str | Path, limit: int | None = None) -> list[Item]:
-    """Read a HellaSwag .jsonl file. Raises ValueError naming the line that is wrong."""
-    items = []
+    """Read the first `limit` items of a HellaSwag .jsonl file. Raises ValueError naming the first bad line."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if limit is not None and len(items) == limit:
-                    break
-                items.append(_parse(line, f"{path}:{number}"))
+            items = parse_items(islice(file, limit), path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     if not items:
-        raise ValueError(f"{path} holds no items")
+        raise ValueError(f"{path} holds no items; download them with: python eval_hellaswag.py --download")
     return items
 
 
-def _parse(line: bytes, where: str) -> Item:
+def parse_items(lines: Iterable[bytes], path: str | Path) -> list[Item]:
+    """Parse lines of JSON. Raises ValueError naming `path` and the first bad line."""
+    return [_parse_item(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def _parse_item(line: bytes, where: str) -> Item:
     try:
         record = json.loads(line.decode("utf-8"))
         context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
         item = Item(clean(context), [clean(ending) for ending in record["endings"]], int(record["label"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is no HellaSwag item ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{where} is not a HellaSwag item ({type(error).__name__}: {error})") from error
     if len(item.endings) != 4 or not 0 <= item.label < 4:
         raise ValueError(f"{where} needs 4 endings and a label of 0..3, has {len(item.endings)} and {item.label}")
     if not all(item.endings):
@@ -114,165 +129,236 @@ def _parse(line: bytes, where: str) -> Item:
 
 
 def clean(text: str) -> str:
-    """WikiHow's marks out: ' [title]' ends a sentence, other [brackets] go, then double spaces become one (once)."""
+    """Remove WikiHow's [marks] exactly as lm-evaluation-harness does, leftovers included."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def download(path: str | Path) -> None:
-    """Fetch the validation items to `path`, from their authors or else from the Hub."""
-    from urllib.request import urlopen
-
-    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    """Download the validation items to `path`, from GitHub or else from the Hub."""
     try:
-        try:
-            with urlopen(URL, timeout=60) as answer:
-                partial.write_bytes(answer.read())
-            load_items(partial)
-        except (OSError, ValueError):  # no route, or a proxy's page instead of the items
-            partial.write_text(_from_hub(), encoding="utf-8")
-        if (count := len(load_items(partial))) != N_VALIDATION:
-            raise ValueError(f"{URL} gave {count} items instead of {N_VALIDATION}; give the file with --data")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with urlopen(URL, timeout=60) as response:
+            data = response.read()
+        items = parse_items(data.splitlines(), URL)
+    except (OSError, ValueError):
+        # GitHub cannot be reached, or a proxy sent a page instead of the items.
+        data = _download_from_hub()
+        items = parse_items(data.splitlines(), HUB)
+    if len(items) != N_VALIDATION:
+        raise ValueError(f"downloaded {len(items)} items instead of {N_VALIDATION}; pass a complete file as --data")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic_write(path) as file:
+        file.write(data)
 
 
-def _from_hub() -> str:
+def _download_from_hub() -> bytes:
     from datasets import load_dataset
 
     try:
-        records = load_dataset(HUB, split="validation")
-    except Exception as error:  # datasets raises a dozen kinds when there is no network
-        raise ValueError(
-            f"cannot download HellaSwag from {URL} or the Hub ({HUB}): {type(error).__name__}; "
-            "fetch hellaswag_val.jsonl elsewhere and give it with --data"
-        ) from error
-    return "".join(json.dumps(record) + "\n" for record in records)
+        with hub_errors(HUB):
+            records = load_dataset(HUB, split="validation")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; download {URL} elsewhere and pass it as --data") from error
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
-def rows_of(items: Iterable[tuple[int, Item]], tokenizer: Any, seq_len: int, share: bool = True) -> Iterator[Row]:
-    """Tokenise: an ending's tokens are those of context + ' ' + ending after as many as the context alone has."""
+# ---- Scores ----------------------------------------------------------------------------------------------------------
+
+
+def pack_items(
+    items: Iterable[tuple[int, Item]], tokenizer: Tokenizer, seq_len: int, share_context: bool = True
+) -> Iterator[Row]:
+    """Tokenize numbered items into rows for scoring.
+
+    As in lm-evaluation-harness, an ending's tokens are what context + " " + ending has beyond the number of tokens of
+    the context alone, and a space at the end of the context belongs to the ending.
+    """
     for index, item in items:
-        context = tokenizer.encode(item.context.rstrip()) or [tokenizer.eot_id]  # a last space belongs to the ending
+        context = tokenizer.encode(item.context.rstrip()) or [tokenizer.eot_id]
         endings = [tokenizer.encode(f"{item.context} {ending}")[len(context) :] for ending in item.endings]
-        yield from fit(index, context, endings, seq_len, share)
+        yield from pack_context(index, context, endings, seq_len, share_context)
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    model: Transformer,
+    tokenizer: Tokenizer,
     items: list[Item],
-    *,
     dtype: torch.dtype | None = None,
-    progress: bool = False,
-    scoring: dict[str, Any] | None = None,
+    scoring: ScoringConfig | None = None,
 ) -> dict[str, Any]:
-    """Score `items` on all ranks and return what --output holds, on every rank.
+    """Score `items` on all ranks. Returns what --output holds of one checkpoint, on every rank.
 
-    model: a Transformer or anything with its `hidden` and `head`. dtype: autocast to it; None = that of the weights.
-    scoring: as for `score_rows`.
+    dtype: precision of matmuls; None = as the weights.
     """
-    started = time.monotonic()
-    mine = list(enumerate(items))[distributed.rank() :: distributed.world_size()]
-    share = getattr(model, "shares_contexts", True)
-    parts = distributed.gather(list(rows_of(mine, tokenizer, longest_row(model), share)))
-    rows = [row for part in parts for row in part]
-    sums: dict[int, list[float]] = {index: [0.0] * 4 for index in range(len(items))}
-    n_tokens = {index: [0] * 4 for index in range(len(items))}
-    for row, values, _ in score_rows(model, rows, dtype, progress, scoring):
-        which = slice(row.first, row.first + len(values))
-        sums[row.item][which], n_tokens[row.item][which] = values, map(len, row.endings)
+    start_time = time.monotonic()
+    # Each rank tokenizes a part of the items, which takes longer than exchanging the rows.
+    my_items = list(enumerate(items))[distributed.rank() :: distributed.world_size()]
+    share_context = getattr(model, "supports_packing", True)
+    my_rows = list(pack_items(my_items, tokenizer, max_row_length(model), share_context))
+    rows = [row for part in distributed.all_gather_object(my_rows) for row in part]
+    logprobs = [[0.0] * 4 for _ in items]
+    n_tokens = [[0] * 4 for _ in items]
+    for row, row_logprobs, _ in score_rows(model, rows, dtype, scoring):
+        for i, (logprob, ending) in enumerate(zip(row_logprobs, row.endings), row.first):
+            logprobs[row.item][i] = logprob
+            n_tokens[row.item][i] = len(ending)
     return {
-        **result(items, sums, n_tokens),
-        "truncated_contexts": len({row.item for row in rows if row.cut_contexts}),
-        "truncated_endings": sum(row.cut_endings for row in rows),
-        "items_per_s": len(items) / (time.monotonic() - started),
+        **accuracies(items, logprobs, n_tokens),
+        "truncated_contexts": len({row.item for row in rows if row.truncated_contexts}),
+        "truncated_endings": sum(row.truncated_endings for row in rows),
+        "items_per_s": len(items) / (time.monotonic() - start_time),
     }
 
 
-def result(items: list[Item], sums: dict[int, list], n_tokens: dict[int, list]) -> dict[str, Any]:
-    """Accuracies with standard errors, and every item. Raises ValueError when a score is not finite."""
-    records, right = [], dict.fromkeys(RULES, 0)
+def accuracies(items: list[Item], logprobs: list[list[float]], n_tokens: list[list[int]]) -> dict[str, Any]:
+    """Return accuracies in [0, 1], their standard errors, and the scores of each item.
+
+    logprobs, n_tokens: [items][4 endings], nats and tokens. Raises ValueError if a score is not finite.
+    """
+    records = []
+    n_right = dict.fromkeys(RULES, 0)
     for index, item in enumerate(items):
-        scores = sums[index]
-        if not all(map(math.isfinite, scores)):
-            raise ValueError(f"HellaSwag item {index}: log-likelihoods {scores} are not finite; the weights are broken")
-        norms = [value / len(ending) for value, ending in zip(scores, item.endings, strict=True)]
-        means = [value / n for value, n in zip(scores, n_tokens[index], strict=True)]
-        for key, values in zip(RULES, (scores, norms, means), strict=True):
-            right[key] += values.index(max(values)) == item.label
-        records.append({"index": index, "label": item.label, "logprob_sums": scores, "logprob_norms": norms})
+        sums = logprobs[index]
+        if not all(math.isfinite(value) for value in sums):
+            raise ValueError(f"HellaSwag item {index}: log-likelihoods {sums} are not finite; the weights are broken")
+        norms = [value / len(ending) for value, ending in zip(sums, item.endings)]
+        means = [value / n for value, n in zip(sums, n_tokens[index])]
+        for rule, values in zip(RULES, (sums, norms, means)):
+            n_right[rule] += values.index(max(values)) == item.label
+        records.append({"index": index, "label": item.label, "logprob_sums": sums, "logprob_norms": norms})
     n = len(items)
-    out: dict[str, Any] = {"num_examples": n}
-    for key, share in ((key, count / n) for key, count in right.items()):
-        out |= {key: share, f"{key}_stderr": math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else 0.0}
-    return {**out, "items": records}
+    scores: dict[str, Any] = {"num_examples": n}
+    for rule in RULES:
+        accuracy = n_right[rule] / n
+        scores[rule] = accuracy
+        scores[f"{rule}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else 0.0
+    return {**scores, "items": records}
 
 
-def report(scores: dict[str, Any]) -> str:
-    """A small table: this model, then the reference rows; below it what had to be cut."""
+def format_scores(scores: dict[str, Any]) -> str:
+    """A table of this checkpoint and the reference models, and how much had to be truncated."""
     lines = [f"HellaSwag, {scores['num_examples']:,} items   acc            acc_norm       token mean"]
-    cells = [f"{100 * scores[k]:5.2f} ± {100 * scores[k + '_stderr']:4.2f}" for k in RULES]
+    cells = [f"{100 * scores[rule]:5.2f} ± {100 * scores[rule + '_stderr']:4.2f}" for rule in RULES]
     lines.append(f"{'this checkpoint':<28}" + "   ".join(f"{cell:<12}" for cell in cells))
-    lines += [f"{name:<28}{acc:5.2f}          {acc_norm:5.2f}" for name, acc, acc_norm in REFERENCES]
-    for what in ("contexts", "endings"):
-        if n := scores[f"truncated_{what}"]:
-            lines.append(f"{n:,} {what} were longer than the model can read and lost their beginning")
+    for name, acc, acc_norm in REFERENCES:
+        lines.append(f"{name:<28}{acc:5.2f}          {acc_norm:5.2f}")
+    for part in ("contexts", "endings"):
+        n_truncated = scores[f"truncated_{part}"]
+        if n_truncated:
+            lines.append(f"{n_truncated:,} {part} were longer than the model can read and lost their beginning")
     return "\n".join(lines)
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """A table of new - old in points. The standard error is paired: items that both get right cancel out."""
+    for key in ("index", "label"):
+        if [item[key] for item in old["items"]] != [item[key] for item in new["items"]]:
+            raise ValueError(f"the files hold different items (they differ in {key}); score both on the same --data")
+    lines = [f"{'':<10}{'first':>8}{'second':>9}   difference      only first right, only second right"]
+    for rule, key in (("acc", "logprob_sums"), ("acc_norm", "logprob_norms")):
+        a = _is_right(old["items"], key)
+        b = _is_right(new["items"], key)
+        stderr = (b - a).std(ddof=1) / math.sqrt(len(a)) if len(a) > 1 else 0.0
+        lines.append(
+            f"{rule:<10}{100 * a.mean():8.2f}{100 * b.mean():9.2f}   {100 * (b - a).mean():+6.2f} ± {100 * stderr:4.2f}"
+            f"   {(a > b).sum():6d} {(b > a).sum():6d}"
+        )
+    return "\n".join(lines)
+
+
+def _is_right(items: list[dict[str, Any]], key: str) -> np.ndarray:
+    """[items]: 1 if the right ending has the highest score, else 0."""
+    return np.array([item[key].index(max(item[key])) == item["label"] for item in items], dtype=float)
+
+
+def read_scores(path: str) -> dict[str, Any]:
+    """Read an --output file of one checkpoint. Raises ValueError for anything else."""
+    try:
+        scores = json.loads(Path(path).read_text(encoding="utf-8"))
+        # The files of --all hold a list of checkpoints and no items: they end in a KeyError.
+        needed = {"index", "label", "logprob_sums", "logprob_norms"}
+        is_output = all(needed <= item.keys() for item in scores["items"])
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (AttributeError, KeyError, TypeError, ValueError):
+        is_output = False
+    if not is_output:
+        raise ValueError(f"{path} is not an --output file of one checkpoint; write one with --checkpoint and --output")
+    return scores
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw accuracy over steps, with standard errors."""
+    figure, axes = metrics.new_figure(1, 1, figsize=(8, 5))
+    steps = [scores["step"] for scores in runs]
+    for rule in ("acc", "acc_norm"):
+        values = [100 * scores[rule] for scores in runs]
+        errors = [100 * scores[f"{rule}_stderr"] for scores in runs]
+        axes.errorbar(steps, values, yerr=errors, marker="o", markersize=4, capsize=3, label=rule)
+    axes.axhline(25, color="grey", linestyle=":", label="chance")
+    title = f"{path.parent.name}, {runs[0]['num_examples']:,} items"
+    axes.set(xlabel="step", ylabel="HellaSwag accuracy, %", title=title)
+    axes.legend()
+    metrics.save_figure(figure, path)
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
 
 
-class HuggingFace(torch.nn.Module):
-    """A causal language model of transformers behind the two calls that scoring needs; any architecture."""
+class HuggingFaceModel(nn.Module):
+    """A causal language model of transformers, of any architecture, with the two calls that scoring needs."""
 
-    shares_contexts = False  # masks and positions of our own making are not for every architecture
+    # Not every architecture of transformers accepts our masks and positions.
+    supports_packing = False
 
-    def __init__(self, network: torch.nn.Module):
+    def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        shape: Any = network.config
-        names = ("n_positions", "max_position_embeddings", "n_ctx")  # in the order of lm-evaluation-harness
-        self.config = SimpleNamespace(seq_len=next((getattr(shape, n) for n in names if hasattr(shape, n)), 2048))
-        self.max_batch_tokens = 2**29 // shape.vocab_size  # logits of all positions are made: 2 GB
+        config: Any = network.config
+        # The names that lm-evaluation-harness tries, in the same order, so that both truncate alike.
+        names = ("n_positions", "max_position_embeddings", "n_ctx")
+        seq_len = next((getattr(config, name) for name in names if hasattr(config, name)), 2048)
+        self.config = SimpleNamespace(seq_len=seq_len)
+        # transformers computes the logits of all positions: at most 2 GB in fp32.
+        self.max_batch_tokens = 2**29 // config.vocab_size
 
     def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Logits [B, T, V]: one ending per row, padded on the right, is in the usual order."""
+        """Return logits [B, T, V]. One ending per row, padded on the right, needs no special mask or positions."""
         return self.network(tokens, use_cache=False).logits
 
     def head(self, hidden: Tensor) -> Tensor:
         return hidden
 
 
-def load_hugging_face(name: str, device: torch.device) -> tuple[HuggingFace, Any, dict[str, Any]]:
-    """(model in fp32, tokenizer, meta) of a Hub id or a folder. ValueError says in one line why not."""
+def load_hugging_face(name: str, device: torch.device) -> tuple[HuggingFaceModel, Any, dict[str, Any]]:
+    """Load (model in fp32, tokenizer, metadata) of a Hub id or a folder. Raises ValueError if that fails."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise ValueError("hf: needs a package: pip install transformers") from error
+        raise ValueError("hf: models need a package: pip install transformers") from error
     try:
-        theirs: Any = AutoTokenizer.from_pretrained(name)
+        hf_tokenizer: Any = AutoTokenizer.from_pretrained(name)
         network: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except Exception as error:  # a missing repository, file, network, package or architecture: a dozen kinds
+    except Exception as error:
+        # A dozen kinds: a missing repository, file, network, package or architecture.
         raise ValueError(f"transformers cannot load {name}: {type(error).__name__}: {error}") from error
-    start = theirs.bos_token_id if theirs.bos_token_id is not None else theirs.eos_token_id
-    tokenizer = SimpleNamespace(encode=theirs.encode, eot_id=start)
-    return HuggingFace(network).to(device).eval(), tokenizer, {"path": f"hf:{name}", "step": None}
+    bos_id = hf_tokenizer.bos_token_id
+    tokenizer = SimpleNamespace(
+        encode=hf_tokenizer.encode, eot_id=bos_id if bos_id is not None else hf_tokenizer.eos_token_id
+    )
+    return HuggingFaceModel(network).to(device).eval(), tokenizer, {"path": f"hf:{name}", "step": None}
 
 
 def load(path: str | Path, device: torch.device) -> tuple[Any, Any, dict[str, Any]]:
-    """(model, tokenizer, meta) of what --checkpoint says."""
+    """Load (model, tokenizer, metadata) of a checkpoint or of an hf: model."""
     if str(path).startswith("hf:"):
         return load_hugging_face(str(path)[3:], device)
-    model, meta = checkpoint.load_model(path, device)
-    return model, load_tokenizer(meta["tokenizer"]), meta
+    model, metadata = checkpoint.load_model(path, device)
+    return model, load_tokenizer(metadata["tokenizer"]), metadata
 
 
-def weights_sha256(model: torch.nn.Module) -> str:
-    """One hash of names and values of all weights: the same for a file and a copy with another optimizer state."""
+def weights_sha256(model: nn.Module) -> str:
+    """Hash the names and values of all weights: a copy with another optimizer state has the same hash."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -283,145 +369,87 @@ def weights_sha256(model: torch.nn.Module) -> str:
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
-def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """new - old in points with its standard error over the same items (paired: what both get right cancels out)."""
-    for key in ("index", "label"):
-        if [item[key] for item in old["items"]] != [item[key] for item in new["items"]]:
-            raise ValueError(f"the files hold other items (they differ in {key}); score both on the same --data")
-    lines = [f"{'':<10}{'first':>8}{'second':>9}   difference      only first right, only second right"]
-    for rule, key in (("acc", "logprob_sums"), ("acc_norm", "logprob_norms")):
-        a, b = (np.array([i[key].index(max(i[key])) == i["label"] for i in x["items"]], float) for x in (old, new))
-        error = (b - a).std(ddof=1) / math.sqrt(len(a)) if len(a) > 1 else 0.0
-        lines.append(
-            f"{rule:<10}{100 * a.mean():8.2f}{100 * b.mean():9.2f}   {100 * (b - a).mean():+6.2f} ± {100 * error:4.2f}"
-            f"   {int((a > b).sum()):6d} {int((b > a).sum()):6d}"
-        )
-    return "\n".join(lines)
+def check_paths(cfg: EvalConfig) -> list[str | Path]:
+    """Return the checkpoints to score. Raises ValueError, before the work, for files that cannot be read or written."""
+    assert cfg.checkpoint is not None
+    if cfg.output:
+        folder = Path(cfg.output).parent
+        if Path(cfg.output).is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"cannot write {cfg.output}: it is a folder, or {folder} is not writable; choose another")
+    if cfg.all and not Path(cfg.checkpoint).is_dir():
+        raise ValueError(f"--all needs a run directory as --checkpoint, got {cfg.checkpoint}")
+    if not cfg.checkpoint.startswith("hf:"):
+        checkpoint.resolve(cfg.checkpoint)
+    if cfg.all:
+        return [path for _, path in reversed(checkpoint.list_checkpoints(cfg.checkpoint))]
+    return [cfg.checkpoint]
 
 
-def read_scores(path: str) -> dict[str, Any]:
-    """An --output file. Raises ValueError when it is none."""
-    try:
-        scores = json.loads(Path(path).read_text(encoding="utf-8"))
-        assert all({"index", "label", "logprob_sums", "logprob_norms"} <= item.keys() for item in scores["items"])
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no --output file of one checkpoint") from error
-    return scores
+def matmul_dtype(name: Literal["fp32", "bf16"] | None, device: torch.device) -> torch.dtype | None:
+    """Return the dtype to autocast to: bf16 if `name` says so, or by default on a GPU; None = fp32."""
+    use_bf16 = device.type != "cpu" if name is None else name == "bf16"
+    return torch.bfloat16 if use_bf16 else None
 
 
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy over steps, with standard errors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    steps = [scores["step"] for scores in runs]
-    for rule in ("acc", "acc_norm"):
-        values, errors = ([100 * scores[rule + end] for scores in runs] for end in ("", "_stderr"))
-        axes.errorbar(steps, values, yerr=errors, marker="o", markersize=4, capsize=3, label=rule)
-    axes.axhline(25, color="grey", linestyle=":", label="chance")
-    axes.set(
-        xlabel="step", ylabel="HellaSwag accuracy, %", title=f"{path.parent.name}, {runs[0]['num_examples']:,} items"
-    )
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
-def settings(args: Any, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
-    """What else decides the scores: kept in --output."""
-    return {
-        "data": str(args.data),
-        "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
-        "dtype": "bf16" if dtype else "fp32",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "processes": distributed.world_size(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-    }
-
-
-def scoring_of(args: Any, model: Any) -> dict[str, Any]:
-    """The options of masked diffusion that were given. Raises ValueError for one without effect."""
-    given = {name: value for name in SCORING if (value := getattr(args, name)) is not None}
-    if given and not sees_both_sides(model):
+def diffusion_options(cfg: EvalConfig, model: Transformer) -> dict[str, Any]:
+    """Return the options of masked diffusion that were given. Raises ValueError if they have no effect on the model."""
+    options = {"likelihood": cfg.likelihood, "num_mc": cfg.num_mc, "guidance": cfg.guidance}
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and not is_bidirectional(model):
         raise ValueError(f"--{next(iter(given))} has no effect on an autoregressive model; leave it out")
-    if "num_mc" in given and given.get("likelihood", "chain") == "chain":
-        raise ValueError("--num_mc has no effect with the chain rule; add --likelihood=counts or mc")
     return given
 
 
-def check(args: Any) -> None:
-    """Raise ValueError for what can be known to fail before the work."""
-    check_model(args)
-    if not args.checkpoint.startswith("hf:"):
-        checkpoint.find(args.checkpoint)
-    if args.num_examples is not None and args.num_examples < 1:
-        raise ValueError(f"num_examples must be at least 1, got {args.num_examples}")
-    if args.num_mc is not None and args.num_mc < 1:
-        raise ValueError(f"num_mc must be at least 1, got {args.num_mc}")
-    if args.output and (Path(args.output).is_dir() or not os.access(Path(args.output).parent, os.W_OK)):
-        raise ValueError(f"cannot write {args.output}: it is a folder, or {Path(args.output).parent} is not writable")
-    if args.all and not Path(args.checkpoint).is_dir():
-        raise ValueError(f"--all needs a run directory as --checkpoint, got {args.checkpoint}")
-
-
-def check_model(args: Any) -> None:
-    """Raise ValueError if --checkpoint or the GPU of --device is missing."""
-    if not args.checkpoint:
-        raise ValueError("--checkpoint is missing; give a run directory, a checkpoint file or a Hub id")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda, but torch finds no GPU here; leave it out to run on the CPU")
-
-
-def precision(args: Any, dist: distributed.Dist) -> tuple[torch.device, torch.dtype | None]:
-    """What --device and --dtype mean here; None = fp32."""
-    device = torch.device(args.device) if args.device else dist.device
-    name = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    return device, torch.bfloat16 if name == "bf16" else None
-
-
-def score_checkpoint(path: str | Path, items: list[Item], args: Any, dist: distributed.Dist) -> dict[str, Any]:
-    """Load, score, print the table; return one entry of --output."""
-    device, dtype = precision(args, dist)
-    model, tokenizer, meta = load(path, device)
-    scoring = scoring_of(args, model)
-    scores = evaluate(model, tokenizer, items, dtype=dtype, progress=dist.is_main, scoring=scoring)
+def score_checkpoint(path: str | Path, items: list[Item], cfg: EvalConfig, dist: distributed.Dist) -> dict[str, Any]:
+    """Load a checkpoint, score it, print the table. Returns one entry of --output."""
+    device = pick_device(cfg.device) if cfg.device else dist.device
+    dtype = matmul_dtype(cfg.dtype, device)
+    model, tokenizer, metadata = load(path, device)
+    options = diffusion_options(cfg, model)
+    scores = evaluate(model, tokenizer, items, dtype, ScoringConfig(**options, progress=dist.is_main))
+    entry: dict[str, Any] = {"checkpoint": metadata["path"], "step": metadata["step"]}
     if dist.is_main:
-        where = meta["path"] if meta["step"] is None else f"{meta['path']}, step {meta['step']}"
-        print(f"{where}\n{report(scores)}\n{scores['items_per_s']:.1f} items/s on {device}", flush=True)
-    about = {"checkpoint": meta["path"], "step": meta["step"]}
-    if args.output and dist.is_main:
-        about |= {"weights_sha256": weights_sha256(model), "settings": settings(args, device, dtype) | scoring}
-    return about | scores
+        step = "" if metadata["step"] is None else f", step {metadata['step']}"
+        print(f"{metadata['path']}{step}\n{format_scores(scores)}")
+        print(f"{scores['items_per_s']:.1f} items/s on {device}", flush=True)
+    if dist.is_main and cfg.output:
+        entry["weights_sha256"] = weights_sha256(model)
+        # Everything else that the scores depend on.
+        entry["settings"] = {
+            "data": cfg.data,
+            "data_sha256": hashlib.sha256(Path(cfg.data).read_bytes()).hexdigest(),
+            "dtype": "bf16" if dtype else "fp32",
+            "device": device_name(device),
+            "processes": dist.world_size,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            **options,
+        }
+    return entry | scores
 
 
-def main(args: Any) -> None:
-    """Command line: score checkpoints, alone or under torchrun."""
-    if args.download:
-        return download(args.data)
-    if args.compare:
-        return print(compare(*map(read_scores, args.compare)))
-    check(args)
-    paths = [path for _, path in reversed(checkpoint.all_of(args.checkpoint))] if args.all else [args.checkpoint]
+def main(cfg: EvalConfig) -> None:
+    """Score checkpoints, in one process or under torchrun; or compare two results, or download the items."""
+    if cfg.download:
+        download(cfg.data)
+        return
+    if cfg.compare:
+        print(compare(*[read_scores(path) for path in cfg.compare]))
+        return
+    paths = check_paths(cfg)
     dist = distributed.init()
-    if dist.is_main and args.data == DATA and not Path(DATA).exists():
+    if dist.is_main and cfg.data == DATA and not Path(DATA).exists():
         download(DATA)
     distributed.barrier()
-    items = load_items(args.data, args.num_examples)
-    runs = [score_checkpoint(path, items, args, dist) for path in paths]
-    if dist.is_main and args.all:
-        plot(runs, image := Path(args.checkpoint) / "hellaswag.png")
+    items = load_items(cfg.data, cfg.num_examples)
+    runs = [score_checkpoint(path, items, cfg, dist) for path in paths]
+    if dist.is_main and cfg.all:
+        image = Path(paths[0]).parent / "hellaswag.png"
+        plot(runs, image)
         print(f"wrote {image}")
-    if dist.is_main and args.output:
-        partial = Path(f"{args.output}.tmp")
-        partial.write_text(json.dumps({"checkpoints": runs} if args.all else runs[0]) + "\n")
-        os.replace(partial, args.output)
+    if dist.is_main and cfg.output:
+        files.write_text(cfg.output, json.dumps({"checkpoints": runs} if cfg.all else runs[0]) + "\n")
     distributed.shutdown()
 
 
 if __name__ == "__main__":
-    run(lambda: main(ARGS))
+    run_cli(lambda: main(parse_config(EvalConfig)))

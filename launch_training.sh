@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
 # From a bare machine to a language model you trained: environment, data, training, evaluation, plots.
 #
-#   ./launch_training.sh                        8 GPUs, 1 GPU or none: takes what is there
-#   ./launch_training.sh --max_steps=1000       all arguments reach training.py (see: python training.py --help)
+#   ./launch_training.sh                        uses all GPUs, or the CPU if there are none
+#   ./launch_training.sh --max_steps=1000       all arguments are passed to training.py (see: python training.py --help)
 #   ./launch_training.sh configs/my.toml        another configuration; prepare its data first
 #   NGPUS=2 ./launch_training.sh                fewer GPUs
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ./launch_training.sh      on each of several machines (0 is 10.0.0.1's)
-#   NNODES=1:4 ...                              elastic: goes on with the machines that are there, from the last save
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ./launch_training.sh      on each of several machines; 10.0.0.1 is rank 0
+#   NNODES=1:4 ...                              elastic: resumes from the last save with the machines that are left
 #   sbatch slurm/train.sbatch [options]         the same under Slurm
 #
-# Several machines share the folder (or each has its own copy of code, .venv and data) and RUN_DIR. Further variables:
-# MASTER_PORT (29500), LOCAL_ADDR (this machine's address where its name does not resolve), MAX_RESTARTS (3), RUN_ID.
-# NCCL finds its network by itself. Where it does not: NCCL_DEBUG=INFO says what it chose, NCCL_SOCKET_IFNAME=eth0 (and
-# GLOO_SOCKET_IFNAME) names the interface, NCCL_IB_HCA=mlx5_0 the InfiniBand card. None is set here: what mends one
+# Several machines share the folder (or each has a copy of code, .venv and data) and RUN_DIR. Further variables:
+# MASTER_PORT (29500), LOCAL_ADDR (this machine's address if its name does not resolve), MAX_RESTARTS (3), RUN_ID.
+# NCCL finds its network by itself. If it does not, NCCL_DEBUG=INFO shows what it chose, NCCL_SOCKET_IFNAME=eth0 (and
+# GLOO_SOCKET_IFNAME) names the interface, NCCL_IB_HCA=mlx5_0 the InfiniBand card. None is set here: what repairs one
 # cluster breaks another.
 #
 # Without a GPU it trains a small model on the Python language reference, in about two minutes on 2 cores.
-# Call it again: finished steps are skipped, an interrupted run goes on. Needs Python >= 3.11; installs into .venv only
-# (or into the virtual environment that is active).
+# Run it again to resume: finished steps are skipped. Needs Python >= 3.11; installs into .venv only, or into the
+# virtual environment that is active.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 say() { printf '\n== %s\n' "$*"; }
 
-# make_environment FILE...: a virtual environment with the requirements in FILE..., installed once per change of them.
+# make_environment FILE...: create a virtual environment and install the requirements in FILE... when they change.
 make_environment() {
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         local python candidate
@@ -48,12 +48,12 @@ make_environment() {
     done
 }
 
-# first_shards FOLDER: can training start?
+# first_shards FOLDER: true if enough is there for training to start.
 first_shards() {
     { [ -f "$1/progress.json" ] || [ -f "$1/meta.json" ]; } && [ -f "$1/val_000000.bin" ] && [ -f "$1/train_000000.bin" ]
 }
 
-[ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # sourced (by tests/run.sh): the functions are all it wants
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # sourced by tests/run.sh, for the functions
 
 stage="environment"
 trap 'echo "launch_training.sh: stopped in stage: $stage" >&2' ERR
@@ -72,13 +72,13 @@ case " ${1:-} $* " in
         if [ "$gpus" -eq 0 ]; then
             [ -f data/sample/meta.json ] || { say "data: the Python language reference"; python data_pipeline.py sample; }
         else
-            say "data: FineWeb-Edu, 10B tokens (20 GB; what is there is kept; training starts with the first shards)"
-            [ -f data/hellaswag_val.jsonl ] || python eval_hellaswag.py --download || echo "going on without HellaSwag" >&2
+            say "data: FineWeb-Edu, 10B tokens (20 GB; continues a partial download; training starts with the first shards)"
+            [ -f data/hellaswag_val.jsonl ] || python eval_hellaswag.py --download || echo "continuing without HellaSwag" >&2
             python data_pipeline.py download &
             download=$!
             trap 'kill $download 2>/dev/null || true' EXIT
             until first_shards data/fineweb_edu; do
-                kill -0 $download 2>/dev/null || wait $download # its failure ends this script, with its message above
+                kill -0 $download 2>/dev/null || wait $download # a failed download ends this script
                 sleep 1
             done
         fi
@@ -88,7 +88,7 @@ esac
 stage="training"
 say "training: $processes process(es), $gpus GPU(s) visible"
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a restarted worker must not meet the dead one's keys (pytorch#167288)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or a restarted worker finds the dead one's keys (pytorch#167288)
 if [ "$processes" -eq 1 ] && [ "$nodes" = 1 ]; then
     python training.py "${config[@]}" "$@"
 else
@@ -96,12 +96,12 @@ else
     where=(--standalone)
     if [ "$nodes" != 1 ]; then
         here=${NODE_RANK:?} first=false
-        [ "$here" -ne 0 ] || first=true # the first machine keeps the list of the others: it must stay
+        [ "$here" -ne 0 ] || first=true # the first machine keeps the list of the others and must stay alive
         where=(--nnodes="$nodes" --rdzv_backend=c10d --rdzv_endpoint="${MASTER_ADDR:?}:${MASTER_PORT:-29500}")
         where+=(--rdzv_id="${RUN_ID:-nano416}" --rdzv_conf="is_host=$first" --max_restarts="${MAX_RESTARTS:-3}")
         [ -z "${LOCAL_ADDR:-}" ] || where+=(--local_addr="$LOCAL_ADDR")
-        where+=(--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1) # the last would orphan the workers
-        export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100 # seconds to save in; Slurm's --signal gives 120
+        where+=(--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1) # without USR1 in the list its workers would be orphaned
+        export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100 # seconds to save; Slurm's --signal gives 120
         trap - EXIT
         exec torchrun "${where[@]}" --nproc_per_node="$processes" training.py "${config[@]}" "$@"
     fi

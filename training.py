@@ -1,618 +1,282 @@
-"""Train a transformer on token shards: bf16, one process per GPU, checkpoints you can resume and chat with.
+"""Train a transformer on token shards: bf16, one process per GPU, checkpoints to resume from and to chat with.
 
     python training.py configs/sample.toml                       # a CPU, two minutes (after: data_pipeline.py sample)
     torchrun --standalone --nproc_per_node=8 training.py         # the 416M run on 8 GPUs
     python training.py --sources=data/mine --dim=512 --n_layers=8 --max_tokens=500M --run_dir=runs/mine
-    python training.py --eval_only=runs/mine --sources=data/other  # validate a checkpoint, on any data of its tokenizer
-    python training.py runs/mine/config.json                     # the same run again: resumes, or finds itself done
+    python training.py runs/mine/config.json                     # the same run again: resumes it, or reports its end
+    python training.py --dry_run                                 # the plan: steps, memory, hours, dollars
 
 Reads shards written by data_pipeline.py; writes RUN_DIR/{config.json, metrics.jsonl, train.log,
 checkpoint_step_<N>.pt, final_metrics.json, final_metrics.png}. The same command is the same run on any number of GPUs.
 """
 
 import contextlib
-import ctypes
 import gc
+import importlib.util
 import json
-import math
 import os
 import shlex
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import config
-
-if __name__ == "__main__":  # before torch is imported, which takes seconds
-    sections = {"model": "model.py:ModelConfig", "data": "shards.py:DataConfig"}
-    sections |= {"optim": "optimizers.py:OptimConfig", "train": "plan.py:TrainConfig"}
-    sections |= {"diffusion": "diffusion.py:DiffusionConfig"}
-    config.answer_help(__doc__, sections)
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin long while they wait starve on shared cores
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch._functorch.config as functorch
-from torch import Tensor, nn
+import torch._functorch.config as functorch_config
+from torch import nn
 
-import checkpoint
-import diffusion
-import distributed
 import eval_hellaswag
-import metrics
-import safety
-from distributed import Dist
-from model import ModelConfig, Transformer, generate
-from optimizers import Average, Statistics, apply, build_optimizer, clip_gradients, lr_at, set_lr, swapped_in
-from plan import (
-    CPU_AUTO,
-    MEMORY_SHARE,
-    Config,
-    Plan,
-    describe,
-    device_name,
-    expected_memory_gb,
-    expected_to_fit,
-    expected_tokens_per_s,
-    make_plan,
-    memory_gb,
-    uses_bf16,
-    uses_compiler,
-    with_vocabulary,
-)
-from shards import Dataset, Tokenizer, TokenLoader, load_tokenizer, validation_batches
+from model import ModelConfig, Transformer
+from nano416 import ablations, checkpoint, devices, diffusion, distributed, estimate, fault_tolerance, files, metrics
+from nano416.ablations import AblationConfig
+from nano416.checkpoint import CheckpointWriter, TrainState
+from nano416.config import Failure, differences, from_dict, parse_config, run_cli, to_dict
+from nano416.cpu_ops import retain_freed_memory
+from nano416.dataloader import Batch, BatchLayout, DataConfig, Mixture, TokenLoader
+from nano416.devices import autocast
+from nano416.diffusion import DiffusionConfig
+from nano416.distributed import Dist, all_reduce_mean, no_sync
+from nano416.estimate import Workload
+from nano416.evaluate import LossOptions, evaluate_loss
+from nano416.fault_tolerance import StepGuard, StopSignal
+from nano416.generate import Sampling, generate
+from nano416.metrics import RunLog, Timer
+from nano416.optimizers import EMA, OptimConfig, ParamStats, build_optimizer, clip_grad_norm_, optimizer_step, set_lr
+from nano416.tokenizer import Tokenizer, load_tokenizer
 
-SAMPLE_PROMPT, SAMPLE_TOKENS = "The", 200  # the text sampled during training
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers
+# For a plan without data.
+GPT2_VOCAB_SIZE = 50257
+# What text samples during training begin with.
+SAMPLE_PROMPT = "The"
 
 
-def main(cfg: Config) -> None:
-    """Train as `cfg` says, in this process or as one rank of torchrun. Exits with a code of safety.py if stopped."""
-    if not torch.cuda.is_available():
-        keep_memory()
-    if cfg.train.kill_switch and Path(cfg.train.kill_switch).exists():
-        raise ValueError(f"the kill switch {cfg.train.kill_switch} exists; remove it to train")
-    dist = distributed.init(cfg.train.timeout, cfg.train.parallel, cfg.train.tensor_parallel)
-    try:
-        alone = eval_only if cfg.train.eval_only else dry_run if cfg.train.dry_run else None
-        alone = preflight if cfg.train.preflight else alone
-        reason = alone(cfg, dist) if alone else train(cfg, dist)
-    except RuntimeError as error:
-        if dist.world_size == 1 or not any(name in str(error).lower() for name in ("gloo", "nccl")):
-            raise
-        text = f"{distributed.silent_ranks()} (--timeout={cfg.train.timeout:g}); the same command goes on from the last save"
-        raise config.Failure(text) from error
-    distributed.shutdown()
-    if reason and (code := safety.EXIT_CODES.get(reason, safety.GO_ON_LATER)):
-        sys.exit(code)
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run: its length, its batch, how often it is evaluated and saved, and where."""
+
+    run_dir: str = "checkpoints"  # directory of the run
+    seed: int = 42  # random seed for weights and data order
+    max_tokens: int = 10_000_000_000  # tokens to train on
+    epochs: float | None = None  # passes over the data (or over its unique_tokens); overrides max_tokens
+    max_steps: int | None = None  # optimizer steps; overrides epochs and max_tokens
+    batch_tokens: int = 655_360  # tokens per optimizer step, over all GPUs and micro-steps
+    batch_size: int | Literal["auto"] = "auto"  # sequences per GPU and micro-step, at most; auto = what fits in memory
+    log_every: int = 10  # steps between log lines, 0 = never
+    eval_every: int = 250  # steps between validations, 0 = only at the end
+    eval_tokens: int = 5_000_000  # most validation tokens per source
+    checkpoint_every: int = 2000  # steps between permanent checkpoints, 0 = only at the end
+    keep_every: int | None = None  # keep only the last permanent checkpoint and those at multiples of this; none = all
+    save_interval: float | None = 900.0  # seconds (15m) between temporary checkpoints; none = no temporary ones
+    sample_every: int = 1000  # steps between samples of generated text, 0 = only at the end
+    sample_tokens: int = 200  # tokens per sample, 0 = no samples
+    stats_every: int = 0  # steps between norms of every weight, gradient and update in stats.jsonl; 0 = never
+    hellaswag: str | None = "data/hellaswag_val.jsonl"  # items to score at each checkpoint; none = never
+    time_limit: float | None = None  # seconds (3h50m) after which to save and exit with code 75
+    kill_switch: str | None = None  # file whose existence stops the run: it saves and exits with code 0
+    skip_spikes: bool = False  # skip steps whose loss or gradient norm is beyond 6 sigma of the last 128
+    timeout: float = 600.0  # seconds (10m) that the other ranks wait for a silent one before they give up
+    resume: str = "auto"  # auto = newest checkpoint of run_dir, if there is one; never; or the path of a checkpoint
+    init_from: str | None = None  # checkpoint whose weights start a new run
+    compile: bool | None = None  # torch.compile the model; none = on a GPU
+    activation_memory_budget: float = 1.0  # fraction of activations that a compiled step keeps; the rest is recomputed
+    dtype: Literal["bf16", "fp32"] | None = None  # bf16 or fp32 activations and matmuls; none = bf16 where it is faster
+    parallel: distributed.Strategy = "ddp"  # ddp, fsdp (shard parameters) or hsdp (shard in a node, replicate across)
+    cpu_offload: bool = False  # keep weights and optimizer state in host memory, with fsdp or hsdp; slow
+    recompute: distributed.Recompute = "none"  # activation checkpointing: none, selective (keep matmuls) or full
+    tensor_parallel: int = 1  # GPUs of a node that share each matrix product, with fsdp or hsdp
+    objective: Literal["ar", "mdm"] = "ar"  # ar = predict the next token; mdm = masked diffusion, restore masked tokens
+    tracker: Literal["wandb", "tensorboard", "trackio"] | None = None  # also send the metrics to this service
+    dry_run: bool = False  # print the plan and exit
+
+    # Options of 0.1 and the values with which they had no effect.
+    retired: ClassVar = {"zero_init": False, "eval_only": None, "preflight": False, "dollars_per_gpu_hour": 2.0}
+
+    def __post_init__(self):
+        for name in ("max_tokens", "batch_tokens", "batch_size", "eval_tokens", "tensor_parallel"):
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        periods = ("log_every", "eval_every", "checkpoint_every", "sample_every", "stats_every")
+        for name in (*periods, "sample_tokens", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("max_steps", "epochs", "keep_every", "save_interval", "time_limit", "timeout"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 < self.activation_memory_budget <= 1:
+            raise ValueError(f"activation_memory_budget must be in (0, 1], got {self.activation_memory_budget}")
+        if self.tracker and not importlib.util.find_spec(self.tracker):
+            raise ValueError(f"--tracker={self.tracker} needs a package: pip install {self.tracker}, or leave it out")
 
 
-def keep_memory() -> None:
-    """Training on a CPU frees and takes the same large blocks in each step. glibc returns those above 32 MB to the system
-    at once, whose fresh pages cost a sixth of the time; other C libraries are left as they are."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs; each section belongs to the file that reads it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
+
+    def __post_init__(self):
+        self.diffusion.validate_for(self.train.objective)
+        self.ablation.validate_for(self.train.objective)
+        if self.train.objective == "mdm":
+            # The dataclass is frozen for everybody else.
+            object.__setattr__(self, "model", replace(self.model, causal=False))
+        elif not self.model.causal:
+            raise ValueError("a bidirectional model (causal = false) is trained with --objective=mdm")
 
 
-def dry_run(cfg: Config, dist: Dist) -> None:
-    """Print the plan; only one in epochs of all data needs the data."""
-    if Path(next(iter(cfg.data.sources))).exists() or (cfg.train.epochs and not cfg.data.unique_tokens):
-        cfg, plan, loader = open_data(cfg, dist)
-        loader.close()
-    else:
-        cfg = with_vocabulary(cfg, None)
-        plan = make_plan(cfg, dist.data_size, cfg.data.unique_tokens)
-    if cfg.train.batch_size == "auto":
-        plan = make_plan(cfg, dist.data_size, plan.unique_tokens, expected_to_fit(plan, cfg, dist))
-    if dist.is_main:
-        print(describe(plan, cfg, dist))
+@dataclass(frozen=True)
+class Plan:
+    """What follows from a config, its data and the number of processes."""
+
+    total_steps: int
+    layout: BatchLayout
+    tokens_per_epoch: int | None  # None where the data are unknown
 
 
-def preflight(cfg: Config, dist: Dist) -> None:
-    """Compare the ranks' machines, before hours are spent on one that is ill."""
-    import preflight
-
-    params = make_plan(with_vocabulary(cfg, None), 1).params
-    preflight.fly(dist, cfg.train.run_dir, cfg.data.sources, disk_gb=2 * 12 * params / 1e9)
+# ---- The loop --------------------------------------------------------------------------------------------------------
 
 
 def train(cfg: Config, dist: Dist) -> str | None:
-    """The run: set up, then measure, save, stop, learn, report. Returns why it stopped early, or None."""
-    cfg, plan, loader = open_data(cfg, dist)
-    say = print if dist.is_main else lambda _: None
-    state = choose_checkpoint(cfg, say)
-    if state and finished(cfg, plan, state):
-        say("\n".join([*changed_options(state, cfg), outcome(cfg)]))
-        return loader.close()
-    if state:
-        loader.load_state_dict(state["loader"])
-    log = open_run_dir(cfg, dist, plan.steps)
+    """Run the training loop. Returns why it stopped early, or None if it is done."""
+    # Each line needs only those above it: data -> vocabulary -> model -> micro-batch size -> plan -> loader -> resume.
+    mixture = Mixture(cfg.data, cfg.model.seq_len)
+    cfg = resolve_vocab_size(cfg, mixture.tokenizer["vocab_size"])
+    resume_from = find_resume_checkpoint(cfg, dist)
+    if resume_from and is_finished(cfg, mixture, resume_from, dist):
+        return None
+    log = open_run_dir(cfg, dist, count_steps(cfg, mixture.tokens_per_epoch))
+    dtype = compute_dtype(cfg, dist.device)
     torch.manual_seed(cfg.train.seed)
-    torch.set_float32_matmul_precision("high")
-    narrow = torch.bfloat16 if uses_bf16(cfg, dist.device) else None
-    raw_model: Any = distributed.build(lambda: Transformer(cfg.model), dist, narrow, cfg.train.cpu_offload)
-    optimizer = build_optimizer(raw_model, cfg.optim, distributed.spread)
-    guard = safety.Guard(dist.device, cfg.train.skip_spikes)
-    step, tokens, elapsed_s = start(state, cfg, raw_model, optimizer, guard, log)
-    average = Average(raw_model, cfg.optim.ema, state, distributed.part_like) if cfg.optim.ema else None
-    stats = Statistics(raw_model, cfg.train.stats_every, partial(log.append, "stats.jsonl"))
-    del state  # its pages of the checkpoint file
-    write_config(cfg, dist)
-    tokenizer = tokenizer_if_there(loader, log)
-    distributed.recompute(raw_model, cfg.train.recompute)
-    compile_model(raw_model, cfg, dist)
-    if cfg.train.batch_size == "auto":
-        plan = make_plan(cfg, dist.data_size, loader.tokens_per_epoch, largest_that_fits(raw_model, cfg, plan, dist))
-        loader.resize(plan.batch_size)
-    model = distributed.parallelize(raw_model, dist)
+    # raw_model has the weights, model is what the loop calls.
+    raw_model = build_model(cfg, dist, log)
+    plan = make_plan(cfg, dist, mixture.tokens_per_epoch, find_batch_size(raw_model, cfg, dist))
+    layout = plan.layout
+    model = distributed.apply_ddp(raw_model, dist)
     if dist.world_size > 1:
-        rehearse(model, cfg, plan, dist)
-    writer = checkpoint.Writer(cfg.train.run_dir, log.say, cfg.train.keep_every)
-    watch, first_step = Stopwatch(dist.device, tokens, elapsed_s, cfg.train.save_interval), step
-    log.line(describe(plan, cfg, dist))
-    if cfg.train.tracker and dist.is_main:
-        import trackers
-
-        log.tracker = trackers.open_tracker(cfg.train.tracker, cfg.train.run_dir, config.to_dict(cfg), step)
-    log.begin(step)
+        # DDP reorders its gradient buckets after the first backward pass, which changes the last bit of sums over
+        # three or more ranks: without this, the first step after a resume would differ from the uninterrupted run's.
+        dummy_forward_backward(model, cfg, layout.batch_size, dist)
+    optimizer = build_optimizer(raw_model, cfg.optim, distributed.map_sharded)
+    ema = EMA(raw_model, cfg.optim.ema) if cfg.optim.ema else None
+    guard = StepGuard(dist.device, cfg.train.skip_spikes)
+    loader = TokenLoader(mixture, layout, cfg.train.seed, dist.device)
+    state = TrainState(raw_model, optimizer, loader, guard, ema)
+    first_step, elapsed_s = resume(state, resume_from, cfg, log)
+    # It maps the whole checkpoint file into memory.
+    del resume_from
+    step = first_step
+    if dist.is_main:
+        files.write_json(Path(cfg.train.run_dir, "config.json"), to_dict(cfg))
+        mixture.warn_without_checksums()
+    tokenizer = try_load_tokenizer(mixture.tokenizer, log)
+    writer = CheckpointWriter(cfg.train.run_dir, log.print, cfg.train.keep_every)
+    param_stats = ParamStats(raw_model, cfg.train.stats_every, lambda row: log.append("stats.jsonl", row))
+    loss_options = LossOptions(cfg.train.eval_tokens, dtype, cfg.diffusion.num_mc)
+    timer = Timer(dist.device, step * cfg.train.batch_tokens, elapsed_s)
+    log.info(describe(plan, cfg, dist))
+    if cfg.train.tracker:
+        log.start_tracker(cfg.train.tracker, to_dict(cfg), step)
+    log.start(step)
+    # Everything so far lives as long as the run. Scanned by the garbage collector it costs about 500 ms each time
+    # (nanochat's base_train.py).
     gc.collect()
-    gc.freeze()  # what lives as long as the run is not looked through again and again
-    with safety.Stop(cfg.train.time_limit, cfg.train.kill_switch) as stop:
-        while True:
-            last, reason = step >= plan.steps, stop.agreed()
-            permanent = last or every(step, cfg.train.checkpoint_every)
-            if step > first_step and (permanent or reason or watch.save_is_due()):
-                with watch.paused("saving"):  # before evaluating: what fails there must not cost the weights
-                    facts = {"tokens": tokens, "loader": loader.state_dict(), "tokenizer": loader.tokenizer}
-                    facts |= {"config": config.to_dict(cfg), "guard": guard.state_dict()}
-                    facts |= {"metrics": {"elapsed_s": watch.elapsed_s()}, **(average.state_dict() if average else {})}
-                    path = writer.save(step=step, model=raw_model, optimizer=optimizer, permanent=permanent, **facts)
-                    log.line(f"saving {path}")
-            if reason and not last:
-                break
-            if last or every(step, cfg.train.eval_every):
-                with watch.paused("validation"), swapped_in(average), distributed.evaluating(raw_model, narrow):
-                    log.report(step, tokens, **validate(raw_model, tokenizer, cfg, dist, plan.batch_size))
-            if last or (step and every(step, cfg.train.checkpoint_every)):
-                with watch.paused("HellaSwag"), swapped_in(average), distributed.evaluating(raw_model, narrow):
-                    log.report(step, tokens, **hellaswag(raw_model, tokenizer, cfg, dist, log))
-            if last or (step and every(step, cfg.train.sample_every)):
-                with watch.paused("sampling"), swapped_in(average), distributed.evaluating(raw_model, narrow):
-                    log.line(sample_text(raw_model, tokenizer, dist))
-            if last:
-                break
-            lr = lr_at(step, plan.steps, cfg.optim)
-            set_lr(optimizer, lr)
-            watched = stats.around(step + 1)
-            loss, grad_norm = train_step(model, optimizer, guard, loader, plan.micro_steps, cfg, dist, watched)
-            if average:
-                average.update()
-            step, tokens = step + 1, tokens + cfg.train.batch_tokens
-            log.advance(step)
-            if every(step, cfg.train.log_every):
-                values = {"loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}  # the GPU is waited for here
-                values["tokens_per_s"] = speed = watch.lap(tokens)
-                values["mfu"] = metrics.mfu(plan.flops_per_token, speed, device_name(dist.device), dist.world_size)
-                values["skipped_steps"] = guard.new_skips() or None
-                values |= {"flops": plan.flops_per_token * tokens, "elapsed_s": round(watch.elapsed_s(), 1)}
-                log.report(step, tokens, **values, memory_gb=metrics.peak_memory_gb())
-                if guard.hopeless():
-                    raise config.Failure(bad_numbers(step, loader.where()))
-    writer.wait()
-    loader.close()
-    if writer.failed and (last or reason):
-        raise config.Failure(f"the last checkpoint is missing: {writer.failed}")
-    if last:
-        finish(cfg, plan, dist, log, watch)
-        return None
-    log.end()
-    log.line(f"stopped by {reason} at step {step:,} of {plan.steps:,}; the same command goes on from here")
-    return reason
-
-
-def bad_numbers(step: int, where: str) -> str:
-    """What to say after safety.BAD_STEPS_IN_A_ROW steps whose loss or gradient was not finite, or a spike."""
-    return (
-        f"{safety.BAD_STEPS_IN_A_ROW} bad steps in a row at step {step}: loss or gradient is NaN, infinite or a spike, at "
-        f"{where}; the weights are those before them. Go on from the last checkpoint with a lower --max_lr or "
-        "--qk_norm, look at that text, or check the GPU"
-    )
-
-
-def compile_model(model: Transformer, cfg: Config, dist: Dist) -> None:
-    """torch.compile in place, where it is wanted; a smaller budget of activations computes some of them twice."""
-    if uses_compiler(cfg, dist.device):
-        functorch.activation_memory_budget = cfg.train.activation_memory_budget
-        for part in model.layers if dist.sharded else [model]:  # a sharded layer is gathered between two of them
-            part.compile(dynamic=False)
-    elif cfg.train.activation_memory_budget < 1:
-        raise ValueError("activation_memory_budget has no effect without --compile")
-
-
-def largest_that_fits(model: Transformer, cfg: Config, plan: Plan, dist: Dist) -> int:
-    """Sequences per micro-step for which a forward and a backward pass fit in the memory of every rank's GPU, by trying."""
-    if dist.device.type != "cuda":
-        return CPU_AUTO
-    size, states = plan.batch_size, 20 * plan.params / dist.parts  # bytes of AdamW's or Muon's state to come
-    room = 1e9 * MEMORY_SHARE * memory_gb(dist.device) - states
-    while size > 1:
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            learn_nothing(model, cfg, size, dist)
-            tight = torch.cuda.max_memory_allocated() > room
-        except torch.OutOfMemoryError:
-            tight = True
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        if not distributed.largest(int(tight)):
-            break
-        size = max(n for n in range(1, size) if plan.batch_sequences // dist.data_size % n == 0)
-    return size
-
-
-def learn_nothing(model: nn.Module, cfg: Config, batch_size: int, dist: Dist) -> None:
-    """One forward and backward pass, which leaves the random state as it is."""
-    tokens = torch.zeros(batch_size, cfg.model.seq_len, dtype=torch.long, device=dist.device)
-    with torch.random.fork_rng([dist.device] if dist.device.type == "cuda" else []), autocast(cfg, dist.device):
-        loss = model(**as_seen(tokens, tokens, range(batch_size), cfg), z_loss=cfg.optim.z_loss)
-    loss.backward()
-
-
-def rehearse(model: nn.Module, cfg: Config, plan: Plan, dist: Dist) -> None:
-    """One forward and backward pass that counts for nothing.
-
-    DDP orders its gradient buckets anew after the first backward pass, which changes the last bit of sums over three or
-    more ranks: without this the first step after a resume would differ from the uninterrupted run's.
-    """
-    learn_nothing(model, cfg, plan.batch_size, dist)
-    model.zero_grad(set_to_none=True)
-
-
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    guard: safety.Guard,
-    loader: TokenLoader,
-    micro_steps: int,
-    cfg: Config,
-    dist: Dist,
-    watched: contextlib.AbstractContextManager,
-) -> tuple[Tensor, Tensor]:
-    """One optimizer step. Returns the mean loss of all ranks and the gradient's norm, as tensors on the device."""
-    loss_sum = torch.zeros((), device=dist.device)
-    for micro_step in range(micro_steps):
-        inputs, targets = (x.to(dist.device, non_blocking=True) for x in loader.next())
-        with distributed.no_sync(model, last=micro_step == micro_steps - 1):  # forward too, or DDP would reduce
-            with autocast(cfg, dist.device):
-                loss = model(**as_seen(inputs, targets, loader.numbers(), cfg), z_loss=cfg.optim.z_loss)
-            (loss * loader.weight / micro_steps).backward()
-        loss_sum += loss.detach() * loader.weight
-    loss = distributed.mean(loss_sum / micro_steps)
-    grad_norm = clip_gradients(model, cfg.optim.grad_clip).to(dist.device)
-    with watched:
-        apply(optimizer, guard.judge(loss, grad_norm))
-    optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm
-
-
-def as_seen(inputs: Tensor, targets: Tensor, numbers: range, cfg: Config) -> dict[str, Any]:
-    """What the model is called with: a batch [B, T] of the sequences of these numbers, as the objective shows it."""
-    noise = {"mask_id": cfg.model.vocab_size, "seed": cfg.train.seed}
-    noise |= {"batch_sequences": cfg.train.batch_tokens // cfg.model.seq_len}
-    return diffusion.corrupt(inputs, targets, numbers, cfg.train.objective, cfg.diffusion, **noise)
-
-
-def validate(
-    model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist: Dist, batch_size: int
-) -> dict[str, float | None]:
-    """Loss (nats per token) and bits per byte over the first eval_tokens validation tokens of each source.
-
-    With several sources also each one's, and their macro average; val_loss is the micro average, over tokens.
-    """
-    sums = {name: validation_sums(name, model, tokenizer, cfg, dist, batch_size) for name in cfg.data.sources}
-    losses = {name: _losses(*column) for name, column in sums.items()}
-    loss, bpb = _losses(*(sum(column) for column in zip(*sums.values(), strict=True)))
-    row: dict[str, float | None] = {"val_loss": loss, "val_bpb": bpb}
-    if len(sums) > 1:
-        row |= {f"val_loss/{name}": loss for name, (loss, _) in losses.items()}
-        row |= {f"val_bpb/{name}": bpb for name, (_, bpb) in losses.items()}
-        row["val_macro_loss"] = sum(loss for loss, _ in losses.values()) / len(losses)
-    return row
-
-
-def _losses(loss_sum: float, n_tokens: float, n_bytes: float) -> tuple[float, float | None]:
-    return loss_sum / n_tokens, loss_sum / n_bytes / math.log(2) if n_bytes else None
-
-
-def eval_only(cfg: Config, dist: Dist) -> None:
-    """Print loss, perplexity and bits per byte of the checkpoint cfg.train.eval_only on the validation parts of the sources."""
-    model, meta = checkpoint.load_model(cfg.train.eval_only or "", dist.device)
-    tokenizer = load_tokenizer(meta["tokenizer"])
-    for source in cfg.data.sources:
-        if (theirs := Dataset(source).tokenizer)["name"] != tokenizer.name:
-            raise ValueError(
-                f"{source} holds {theirs['name']} tokens, {meta['path']} reads {tokenizer.name}; prepare the text again "
-                f"with --tokenizer={tokenizer.name}"
-            )
-    objective = replace(cfg.train, objective="ar" if model.config.causal else "mdm")
-    diffusion.check(cfg.diffusion, objective.objective)
-    cfg = replace(cfg, model=model.config, train=objective)
-    row = validate(model, tokenizer, cfg, dist, make_plan(cfg, dist.data_size).batch_size)
-    if not dist.is_main:
-        return
-    rows = [("all tokens (micro)", row["val_loss"], row["val_bpb"])]
-    if len(cfg.data.sources) > 1:
-        rows = [(name, row[f"val_loss/{name}"], row[f"val_bpb/{name}"]) for name in cfg.data.sources] + rows
-        rows.append(("sources (macro)", row["val_macro_loss"], None))
-    print(f"{meta['path']}, step {meta['step']:,}\n{'':24}{'loss':>10}{'perplexity':>12}{'bits per byte':>15}")
-    for name, loss, bpb in rows:
-        assert loss is not None
-        print(f"{name:24}{loss:10.4f}{math.exp(min(loss, 50)):12.3f}{'' if bpb is None else f'{bpb:15.4f}'}")
-
-
-@torch.no_grad()
-def validation_sums(
-    source: str, model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist: Dist, batch_size: int
-) -> list[float]:
-    """[sum of losses, tokens, bytes] of one source's validation split, over all ranks."""
-    lengths = torch.from_numpy(tokenizer.byte_lengths()) if tokenizer else None
-    sums = torch.zeros(3, dtype=torch.float64)
-    batches = validation_batches(
-        {source: 1.0},
-        seq_len=cfg.model.seq_len,
-        batch_size=batch_size,
-        rank=dist.data_rank,
-        world_size=dist.data_size,
-        max_tokens=cfg.train.eval_tokens,
-    )
-    for number, (inputs, targets) in enumerate(batches):
-        counted = targets >= 0
-        n = int(counted.sum())  # 0 in filler: all ranks make as many steps, and sharded models as many passes
-        with autocast(cfg, dist.device):
-            if cfg.model.causal:
-                total = n * model(inputs.to(dist.device), (targets if n else inputs).to(dist.device)).item()
-            else:  # of the same tokens
-                first = (number * dist.data_size + dist.data_rank) * batch_size
-                total = diffusion.nelbo(model, targets.to(dist.device), first, cfg.diffusion.num_mc).item()
-        n_bytes = int(lengths[targets[counted]].sum()) if lengths is not None else 0
-        sums += torch.tensor([total, n, n_bytes], dtype=torch.float64)
-    return distributed.total(sums.to(dist.device)).tolist()
-
-
-def hellaswag(model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist: Dist, log) -> dict[str, float]:
-    """Accuracy on all items of cfg.train.hellaswag, on all ranks; {} where there are none."""
-    path = cfg.train.hellaswag
-    if path is None or tokenizer is None:
-        return {}
-    if not Path(path).exists():
-        log.once(f"no HellaSwag items at {path}: not scored (eval_hellaswag.py downloads them)")
-        return {}
-    dtype = torch.bfloat16 if uses_bf16(cfg, dist.device) else None
-    scores = eval_hellaswag.evaluate(model, tokenizer, eval_hellaswag.load_items(path), dtype=dtype)
-    return {f"hellaswag_{key}": scores[key] for key in ("acc", "acc_norm", "acc_norm_stderr")}
-
-
-def sample_text(model: Transformer, tokenizer: Tokenizer | None, dist: Dist) -> str:
-    """How the model continues SAMPLE_PROMPT, as one quoted line. Ranks that hold a part of the weights all take part."""
-    if tokenizer is None or not (dist.is_main or dist.sharded):
-        return ""
-    prompt = [tokenizer.eot_id, *tokenizer.encode(SAMPLE_PROMPT)]
-    write = generate if model.config.causal else partial(diffusion.write, stop_token=tokenizer.eot_id)
-    tokens = list(write(model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0))  # as many on every rank
-    tokens = tokens[: tokens.index(tokenizer.eot_id)] if tokenizer.eot_id in tokens else tokens
-    return f"sample: {SAMPLE_PROMPT + tokenizer.decode(tokens)!r}"
-
-
-def open_data(cfg: Config, dist: Dist) -> tuple[Config, Plan, TokenLoader]:
-    """What the data decide: the vocabulary, the length of an epoch; and this rank's training batches."""
-    first = Dataset(next(iter(cfg.data.sources)))  # the loader checks that all sources have one tokenizer
-    cfg = with_vocabulary(cfg, first.tokenizer["vocab_size"])
-    plan = make_plan(cfg, dist.data_size)
-    loader = TokenLoader(
-        cfg.data.sources,
-        seq_len=cfg.model.seq_len,
-        batch_size=plan.batch_size,
-        batch_sequences=plan.batch_sequences,
-        rank=dist.data_rank,
-        world_size=dist.data_size,
-        seed=cfg.train.seed,
-        vocab_size=cfg.model.vocab_size,
-        stages=cfg.data.stages,
-        unique_tokens=cfg.data.unique_tokens,
-        pin_memory=dist.device.type == "cuda",
-    )
-    return cfg, make_plan(cfg, dist.data_size, loader.tokens_per_epoch), loader
-
-
-def tokenizer_if_there(loader: TokenLoader, log: metrics.MetricsLog) -> Tokenizer | None:
-    """Training itself needs no tokenizer; bits per byte, samples and HellaSwag do."""
-    try:
-        return load_tokenizer(loader.tokenizer)
-    except ValueError as error:
-        log.line(f"no val_bpb, samples and HellaSwag: {error}")
-        return None
-
-
-def open_run_dir(cfg: Config, dist: Dist, steps: int) -> metrics.MetricsLog:
-    """Create the run directory, prove that it can be written to, and lock it, before anything has been computed."""
-    folder, held = Path(cfg.train.run_dir), None
-    if dist.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held = safety.lock(folder)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ValueError(f"cannot write to run_dir {folder}: {error.strerror}; choose another --run_dir") from error
-    distributed.barrier()
-    return metrics.MetricsLog(folder, steps, enabled=dist.is_main, lock=held)
-
-
-def write_config(cfg: Config, dist: Dist) -> None:
-    """RUN_DIR/config.json, itself a config file."""
-    if dist.is_main:
-        metrics.write_text(Path(cfg.train.run_dir, "config.json"), json.dumps(config.to_dict(cfg), indent=2) + "\n")
-
-
-def choose_checkpoint(cfg: Config, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The checkpoint to continue from, or None for a fresh start. Raises ValueError rather than ignore a wish."""
-    run_dir, resume = cfg.train.run_dir, cfg.train.resume
-    there = checkpoint.latest(run_dir)
-    if resume == "never" and there:
-        raise ValueError(f"--resume=never, but {there} exists; choose another --run_dir or remove it first")
-    if resume not in ("auto", "never"):
-        if cfg.train.init_from:
-            raise ValueError("--resume and --init_from exclude each other: go on with a run, or start one from weights")
-        path = checkpoint.find(resume)
-        found = path, checkpoint.read(path)
-    else:
-        found = checkpoint.read_latest(run_dir, say)  # with init_from: the weights it began with are long inside
-    if found is None:
-        return None
-    path, state = found
-    same_model(state, cfg, path)
-    if "optimizer" not in state:
-        raise ValueError(f"{path} has weights but no optimizer state; start from it with --init_from={path}")
-    return {**state, "path": path}
-
-
-def same_model(state: dict[str, Any], cfg: Config, path: Path) -> None:
-    """Raise ValueError listing how a checkpoint's model differs from the configured one."""
-    theirs = config.to_dict(config.from_dict(ModelConfig, state["config"]["model"]))
-    if different := config.differences(theirs, config.to_dict(cfg.model)):
-        raise ValueError(f"{path} holds another model ({'; '.join(different)}); give its shape, or another --run_dir")
-
-
-def changed_options(state: dict[str, Any], cfg: Config) -> list[str]:
-    """How this run's options differ from those a checkpoint was trained with, one line each."""
-    old, new = state["config"], config.to_dict(cfg)
-    return [
-        f"  {line}"
-        for name in new
-        if name != "model"
-        for line in config.differences(old.get(name, new[name]), new[name])
-    ]
-
-
-def start(
-    state: dict[str, Any] | None, cfg: Config, model, optimizer, guard: safety.Guard, log: metrics.MetricsLog
-) -> tuple[int, int, float]:
-    """Fill everything from `state`, or the weights from init_from, or nothing. Returns steps, tokens, seconds so far."""
-    if state:
-        checkpoint.restore(state, model, optimizer, state["path"])
-        guard.load_state_dict(state.get("guard", {}))
-        log.rewind(state["step"])
-        log.line("\n".join([f"resumed {state['path']} at step {state['step']:,}", *changed_options(state, cfg)]))
-        if len(state["rng"]) != distributed.world_size():
-            log.line(f"  processes: {len(state['rng'])} -> {distributed.world_size()} (random state starts anew)")
-        return state["step"], state["tokens"], state["metrics"].get("elapsed_s", 0.0)
-    log.rewind(0)
-    if cfg.train.init_from:
-        path = checkpoint.find(cfg.train.init_from)
-        weights = checkpoint.read(path)
-        same_model(weights, cfg, path)
-        checkpoint.load_weights(model, weights.get("ema", weights["model"]), path)
-        log.line(f"weights from {path}")
-    elif cfg.train.zero_init:
-        model.zero_outputs()
-    return 0, 0, 0.0
-
-
-def finished(cfg: Config, plan: Plan, state: dict[str, Any]) -> bool:
-    """True if the run directory already holds the outcome of this plan."""
-    there = Path(cfg.train.run_dir, "final_metrics.json").exists()
-    return there and state["path"] == checkpoint.path_of(cfg.train.run_dir, plan.steps)
-
-
-def finish(cfg: Config, plan: Plan, dist: Dist, log: metrics.MetricsLog, watch: "Stopwatch") -> None:
-    """Write final_metrics.json and .png, say how the plan came out and where everything lies."""
-    log.end()
-    if dist.is_main:
-        facts: dict[str, Any] = {"parameters": plan.params, "unique_tokens": plan.unique_tokens}
-        facts |= {"device": device_name(dist.device), "n_devices": dist.world_size}
-        facts |= {"planned_memory_gb": expected_memory_gb(plan, cfg, dist), "seconds": watch.seconds()}
-        facts["planned_tokens_per_s"] = expected_tokens_per_s(plan, dist)
-        summary = metrics.write_summary(cfg.train.run_dir, **facts, torch=str(torch.__version__))
-        log.line("\n".join([checked(summary), outcome(cfg)]))
-
-
-def checked(summary: dict[str, Any]) -> str:
-    """What the plan said beside what was measured; where this process's time went."""
-    total = sum(summary["seconds"].values())
-    shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in summary["seconds"].items())
-    planned, speed = summary["planned_tokens_per_s"], summary.get("median_tokens_per_s")
-    lines = [f"time       {metrics.duration(total)}: {shares}"]
-    if planned and speed:
-        lines.append(f"speed      {speed:,.0f} tokens/s, {speed / planned:.0%} of the plan's {planned:,.0f}")
-    if "memory_gb" in summary:
-        lines.append(f"memory     {summary['memory_gb']:.1f} GB at most, planned {summary['planned_memory_gb']:.1f} GB")
-    return "\n".join(lines)
-
-
-def outcome(cfg: Config) -> str:
-    """Where a finished run lies and what to do with it."""
-    run_dir = cfg.train.run_dir
-    inside = Path(sys.executable).is_relative_to(Path.cwd())  # the launch script's .venv, which no shell has activated
-    python = os.path.relpath(sys.executable) if inside else "python"
-    summary = json.loads(Path(run_dir, "final_metrics.json").read_text(encoding="utf-8"))
-    return (
-        f"done: {summary['step']:,} steps, {summary['tokens']:,} tokens, validation loss {summary['val_loss']:.4f}\n"
-        f"  checkpoint  {checkpoint.path_of(run_dir, summary['step'])}\n"
-        f"  numbers     {run_dir}/metrics.jsonl, {run_dir}/final_metrics.json\n"
-        f"  picture     {run_dir}/final_metrics.png\n"
-        f"  talk to it  {python} chat.py {shlex.quote(run_dir)}"
-    )
-
-
-class Stopwatch:
-    """Speed of training without the time that `paused` covers, seconds since the run's beginning, saves by the clock."""
-
-    def __init__(self, device: torch.device, tokens: int, elapsed_s: float, save_interval: float | None):
-        self.device, self.tokens, self.save_interval = device, tokens, save_interval
-        self.since = self.saved = time.monotonic()  # a wall clock may jump
-        self.began, self.started = self.since, self.since - elapsed_s
-        self.aside: dict[str, float] = {}  # seconds by what they went to
+    gc.freeze()
 
     @contextlib.contextmanager
-    def paused(self, name: str):
-        """Evaluation and checkpoints are not training; what the GPU has yet to do of it is."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.monotonic()
-        yield
-        seconds = time.monotonic() - began
-        self.since += seconds
-        self.aside[name] = self.aside.get(name, 0.0) + seconds
+    def evaluating(name: str) -> Iterator[None]:
+        """Inside, the model has its averaged and unsharded weights, and the time counts as `name`, not as training."""
+        averaged = ema.swapped() if ema else contextlib.nullcontext()
+        with timer.exclude(name), averaged, distributed.eval_mode(raw_model, dtype):
+            yield
 
-    def seconds(self) -> dict[str, float]:
-        """Where the time of this process went, after its start."""
-        total = time.monotonic() - self.began
-        return {"training": total - sum(self.aside.values()), **self.aside}
+    with StopSignal(cfg.train.time_limit, cfg.train.kill_switch, cfg.train.save_interval) as stop:
+        while True:
+            is_last = step >= plan.total_steps
+            # All ranks must agree on this: one all-reduce on the CPU, which does not wait for the GPU.
+            stop_reason, save_due = stop.check()
+            tokens = step * cfg.train.batch_tokens
 
-    def lap(self, tokens: int) -> float:
-        """Tokens per second since the last lap."""
-        now = time.monotonic()
-        speed = (tokens - self.tokens) / (now - self.since)
-        self.since, self.tokens = now, tokens
-        return speed
+            # Save before evaluating: what fails in an evaluation must not cost the weights.
+            is_permanent = is_last or every(step, cfg.train.checkpoint_every)
+            if step > first_step and (is_permanent or stop_reason or save_due):
+                with timer.exclude("saving"):
+                    metadata = {"tokens": tokens, "config": to_dict(cfg), "tokenizer": mixture.tokenizer}
+                    metadata["metrics"] = {"elapsed_s": timer.elapsed_s()}
+                    log.info(f"saving {writer.save(step, state, metadata, is_permanent)}")
+            if stop_reason and not is_last:
+                break
 
-    def elapsed_s(self) -> float:
-        """Seconds of this run, earlier processes included."""
-        return time.monotonic() - self.started
+            if is_last or every(step, cfg.train.eval_every):
+                with evaluating("validation"):
+                    row = evaluate_loss(raw_model, mixture.datasets, tokenizer, layout, loss_options)
+                    log.metrics(step, tokens, **row)
+            # At step 0 the validation loss tells whether model and data are sound; HellaSwag and text would be random.
+            if is_last or (step and every(step, cfg.train.checkpoint_every)):
+                with evaluating("HellaSwag"):
+                    log.metrics(step, tokens, **evaluate_hellaswag(raw_model, tokenizer, cfg, log, dtype))
+            if is_last or (step and every(step, cfg.train.sample_every)):
+                with evaluating("sampling"):
+                    log.info(sample_text(raw_model, tokenizer, cfg, dist))
+            if is_last:
+                break
 
-    def save_is_due(self) -> bool:
-        """True once per save_interval, on all ranks in the same step: rank 0's clock counts."""
-        late = self.save_interval is not None and time.monotonic() - self.saved > self.save_interval
-        due = bool(distributed.largest(int(late and distributed.rank() == 0)))
-        if due:
-            self.saved = time.monotonic()
-        return due
+            # One optimizer step: accumulate gradients over micro-batches, clip, update.
+            lr = set_lr(optimizer, step, plan.total_steps, cfg.optim)
+            loss = torch.zeros((), device=dist.device)
+            for micro_step in range(layout.grad_accum_steps):
+                batch = loader.next_batch()
+                if cfg.train.objective == "mdm":
+                    # The first id after the vocabulary.
+                    mask_id = cfg.model.vocab_size
+                    batch = diffusion.mask_batch(batch, cfg.diffusion, mask_id, cfg.train.seed, layout.batch_sequences)
+                if cfg.ablation.is_active:
+                    batch = ablations.apply(batch, cfg.ablation, cfg.train.seed)
+                # Around the forward pass too, or DDP would reduce the gradients of every micro-step.
+                with no_sync(model, last=micro_step == layout.grad_accum_steps - 1):
+                    with autocast(dist.device, dtype):
+                        micro_loss = model(**batch.inputs, z_loss=cfg.optim.z_loss)
+                    # batch.weight is 1 unless the ranks do not divide the batch, see TokenLoader.
+                    micro_loss = micro_loss * batch.weight / layout.grad_accum_steps
+                    micro_loss.backward()
+                loss += micro_loss.detach()
+            # On all ranks, so that the guard below decides alike on all of them.
+            loss = all_reduce_mean(loss)
+            grad_norm = clip_grad_norm_(raw_model, cfg.optim.grad_clip)
+            with param_stats.record(step + 1):
+                # NaN and spikes are skipped. The decision is made on the GPU, so nothing waits for it.
+                optimizer_step(optimizer, skip=guard.is_bad(loss, grad_norm))
+            optimizer.zero_grad(set_to_none=True)
+            if ema:
+                ema.update()
+            step += 1
+            log.advance(step)
+
+            if every(step, cfg.train.log_every):
+                # .item() waits for the GPU, as do the guard's answers: only once per log line.
+                values = {"loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
+                tokens = step * cfg.train.batch_tokens
+                values |= timer.speed(tokens, cfg.model.flops_per_token(), dist.world_size)
+                log.metrics(step, tokens, **values, skipped_steps=guard.newly_skipped() or None)
+                if guard.gave_up():
+                    raise Failure(fault_tolerance.bad_steps_message(step, loader.describe(batch)))
+
+    writer.wait()
+    loader.close()
+    log.close()
+    if writer.failed:
+        raise Failure(f"the last checkpoint is missing: {writer.failed}")
+    if is_last:
+        write_summary(cfg, plan, dist, log, timer)
+        return None
+    log.info(f"stopped by {stop_reason} at step {step:,} of {plan.total_steps:,}; the same command resumes it")
+    return stop_reason
 
 
 def every(step: int, period: int) -> bool:
@@ -620,10 +284,384 @@ def every(step: int, period: int) -> bool:
     return period > 0 and step % period == 0
 
 
-def autocast(cfg: Config, device: torch.device) -> contextlib.AbstractContextManager:
-    """Matmuls in bf16 around fp32 weights, where bf16 is used."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(cfg, device))
+# ---- Setting up ------------------------------------------------------------------------------------------------------
+
+
+def resolve_vocab_size(cfg: Config, data_vocab_size: int) -> Config:
+    """The config with vocab_size filled in. Raises ValueError if it is given and too small for the data."""
+    vocab_size = cfg.model.vocab_size
+    if vocab_size is not None and vocab_size < data_vocab_size:
+        raise ValueError(
+            f"vocab_size ({vocab_size}) is smaller than the {data_vocab_size} tokens of the data's tokenizer; "
+            "leave it out, or prepare the data with another --tokenizer"
+        )
+    return replace(cfg, model=replace(cfg.model, vocab_size=vocab_size or data_vocab_size))
+
+
+def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
+    """torch.bfloat16, or None for fp32: the dtype of activations and matmuls."""
+    uses_bf16 = devices.supports_bf16(device) if cfg.train.dtype is None else cfg.train.dtype == "bf16"
+    return torch.bfloat16 if uses_bf16 else None
+
+
+def uses_compile(cfg: Config, device: torch.device) -> bool:
+    """Whether the model is compiled: --compile, by default on a GPU."""
+    return device.type == "cuda" if cfg.train.compile is None else cfg.train.compile
+
+
+def build_model(cfg: Config, dist: Dist, log: RunLog) -> Transformer:
+    """The Transformer on this rank's device, sharded and compiled as configured, with the weights of init_from."""
+    # TF32 for the matmuls that stay in fp32.
+    torch.set_float32_matmul_precision("high")
+    dtype = compute_dtype(cfg, dist.device)
+    model = distributed.build_model(lambda: Transformer(cfg.model), dist, dtype, cfg.train.cpu_offload)
+    assert isinstance(model, Transformer), "sharding makes a subclass"
+    if cfg.train.init_from:
+        path = checkpoint.resolve(cfg.train.init_from)
+        source = checkpoint.read(path)
+        check_same_model(source, cfg, path)
+        checkpoint.load_weights(model, checkpoint.inference_weights(source, path), path)
+        log.info(f"weights from {path}")
+    distributed.apply_ac(model, cfg.train.recompute)
+    if uses_compile(cfg, dist.device):
+        # torch 2.11-2.13 has no public name for this setting.
+        functorch_config.activation_memory_budget = cfg.train.activation_memory_budget
+        # In place: torch.compile(model) would put _orig_mod. into the parameter names. A sharded model is compiled by
+        # block, since each block's weights are gathered just before it.
+        for module in model.layers if dist.sharded else [model]:
+            module.compile(dynamic=False)
+    elif cfg.train.activation_memory_budget < 1:
+        raise ValueError("activation_memory_budget has no effect without --compile")
+    return model
+
+
+def estimate_batch_size(cfg: Config, dist: Dist) -> int:
+    """Most sequences per micro-step: --batch_size, or for auto what fits in memory by the estimate."""
+    if cfg.train.batch_size != "auto":
+        return cfg.train.batch_size
+    return estimate.largest_batch_size(workload(cfg, dist), devices.memory_gb(dist.device))
+
+
+def find_batch_size(model: nn.Module, cfg: Config, dist: Dist) -> int:
+    """estimate_batch_size, which for auto is lowered until a trial step fits on every rank's GPU."""
+    limit = estimate_batch_size(cfg, dist)
+    if cfg.train.batch_size != "auto" or dist.device.type != "cuda":
+        return limit
+    # The optimizer's state comes later: two fp32 tensors per parameter at most.
+    optimizer_gb = 8e-9 * cfg.model.num_params() / dist.shard_degree
+    room_gb = estimate.USABLE_MEMORY_FRAC * devices.memory_gb(dist.device) - optimizer_gb
+    # Every size tried is compiled anew, so the search begins at the estimate and skips what does not divide the batch.
+    batch_size = split_batch(cfg, dist.dp_size, limit)
+    while batch_size > 1:
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            dummy_forward_backward(model, cfg, batch_size, dist)
+            is_too_large = torch.cuda.max_memory_allocated() / 1e9 > room_gb
+        except torch.OutOfMemoryError:
+            is_too_large = True
+        # A pass that ran out of memory leaves gradients behind.
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        # Too large for one rank is too large for all.
+        if not distributed.all_reduce_max([int(is_too_large)])[0]:
+            break
+        batch_size = split_batch(cfg, dist.dp_size, batch_size - 1)
+    return batch_size
+
+
+def dummy_forward_backward(model: nn.Module, cfg: Config, batch_size: int, dist: Dist) -> None:
+    """One forward and backward pass on zeros, which leaves the random state as it was and no gradients."""
+    tokens = torch.zeros(batch_size, cfg.model.seq_len, dtype=torch.long, device=dist.device)
+    # The arguments are those of training, or the compiler would build the step twice.
+    loss_weights = torch.ones(tokens.shape, device=dist.device) if cfg.train.objective == "mdm" else None
+    batch = Batch(tokens, tokens, range(batch_size), loss_weights=loss_weights)
+    cuda_devices = [dist.device] if dist.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda_devices), autocast(dist.device, compute_dtype(cfg, dist.device)):
+        loss = model(**batch.inputs, z_loss=cfg.optim.z_loss)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def open_run_dir(cfg: Config, dist: Dist, total_steps: int) -> RunLog:
+    """Create and lock the run directory and prove that it can be written to, before anything is computed."""
+    run_dir = Path(cfg.train.run_dir)
+    lock = None
+    if dist.is_main:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = files.lock(run_dir)
+            with tempfile.TemporaryFile(dir=run_dir):
+                pass
+        except OSError as error:
+            raise ValueError(f"cannot write to {run_dir}: {error.strerror}; choose another --run_dir") from error
+        except files.Locked as error:
+            raise ValueError(f"another run is writing to {run_dir}; wait, or choose another --run_dir") from error
+    distributed.barrier()
+    return RunLog(run_dir, total_steps, enabled=dist.is_main, lock=lock)
+
+
+def try_load_tokenizer(identity: dict[str, Any], log: RunLog) -> Tokenizer | None:
+    """The data's tokenizer, or None where it cannot be loaded: bits per byte, samples and HellaSwag are left out."""
+    try:
+        return load_tokenizer(identity)
+    except ValueError as error:
+        log.info(f"no val_bpb, samples and HellaSwag: {error}")
+        return None
+
+
+# ---- The plan --------------------------------------------------------------------------------------------------------
+
+
+def make_plan(cfg: Config, dist: Dist, tokens_per_epoch: int | None, max_batch_size: int) -> Plan:
+    """Derive the number of steps and how each is split. Raises ValueError with the nearest batch that can be split."""
+    batch_size = split_batch(cfg, dist.dp_size, max_batch_size)
+    layout = BatchLayout(cfg.train.batch_tokens // cfg.model.seq_len, batch_size, dist.dp_rank, dist.dp_size)
+    return Plan(count_steps(cfg, tokens_per_epoch), layout, tokens_per_epoch)
+
+
+def count_steps(cfg: Config, tokens_per_epoch: int | None) -> int:
+    """Optimizer steps of the run: max_steps, else epochs, else max_tokens."""
+    tokens = cfg.train.max_tokens
+    if cfg.train.epochs and tokens_per_epoch:
+        tokens = int(cfg.train.epochs * tokens_per_epoch)
+    steps = cfg.train.max_steps or tokens // cfg.train.batch_tokens
+    if not steps:
+        raise ValueError(f"max_tokens ({tokens}) is less than one step of batch_tokens ({cfg.train.batch_tokens})")
+    return steps
+
+
+def split_batch(cfg: Config, dp_size: int, max_batch_size: int) -> int:
+    """Sequences per rank and micro-step, at most max_batch_size."""
+    is_auto = cfg.train.batch_size == "auto"
+    return estimate.split_batch(cfg.train.batch_tokens, cfg.model.seq_len, dp_size, max_batch_size, is_auto)
+
+
+def workload(cfg: Config, dist: Dist, batch_size: int = 1) -> Workload:
+    """What estimate.py needs to know of one process of this run."""
+    return Workload(
+        model=cfg.model,
+        batch_size=batch_size,
+        optimizer=cfg.optim.optimizer,
+        has_ema=cfg.optim.ema is not None,
+        bf16=compute_dtype(cfg, dist.device) is not None,
+        compiled=uses_compile(cfg, dist.device),
+        recompute=cfg.train.recompute,
+        activation_memory_budget=cfg.train.activation_memory_budget,
+        shard_degree=dist.shard_degree,
+        on_gpu=dist.device.type == "cuda",
+    )
+
+
+def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
+    """The plan as text: what will be trained, on how much, and what it takes."""
+    layout = plan.layout
+    params = cfg.model.num_params()
+    flops_per_token = cfg.model.flops_per_token()
+    tokens = plan.total_steps * cfg.train.batch_tokens
+    epochs = f", {tokens / plan.tokens_per_epoch:.3g} epochs" if plan.tokens_per_epoch else ""
+    memory_gb = estimate.training_memory_gb(workload(cfg, dist, layout.batch_size))
+    # The last step is saved in any case.
+    saves = 1
+    if cfg.train.checkpoint_every:
+        saves += (plan.total_steps - 1) // cfg.train.checkpoint_every
+    # fp32 weights and at most two fp32 averages of the optimizer.
+    checkpoint_gb = 12 * params / 1e9
+    micro_batch = f"{layout.batch_size} sequences x {cfg.model.seq_len} tokens"
+    lines = {
+        "model": f"{params:,} parameters, {flops_per_token / 1e9:.3g} GFLOP per token",
+        "batch": f"{cfg.train.batch_tokens:,} tokens = {micro_batch} x {layout.grad_accum_steps} micro-steps x "
+        f"{layout.dp_size} processes",
+        "run": f"{plan.total_steps:,} steps, {tokens:,} tokens ({tokens / params:.1f} per parameter{epochs}), "
+        f"{flops_per_token * tokens:.3g} FLOP",
+        "memory": f"{memory_gb:.1f} GB per process of {devices.memory_gb(dist.device):.0f} GB here",
+        "disk": f"{saves} checkpoints of {checkpoint_gb:.2f} GB in {cfg.train.run_dir}",
+        "time": estimate.describe_time(tokens, flops_per_token, devices.device_name(dist.device), dist.world_size),
+    }
+    return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
+
+
+def dry_run(cfg: Config, dist: Dist) -> None:
+    """Print the plan. The data are needed only to count the tokens of an epoch."""
+    tokens_per_epoch = cfg.data.unique_tokens
+    vocab_size = cfg.model.vocab_size or GPT2_VOCAB_SIZE
+    if Path(next(iter(cfg.data.sources))).exists() or (cfg.train.epochs and not tokens_per_epoch):
+        mixture = Mixture(cfg.data, cfg.model.seq_len)
+        tokens_per_epoch = mixture.tokens_per_epoch
+        vocab_size = mixture.tokenizer["vocab_size"]
+    cfg = resolve_vocab_size(cfg, vocab_size)
+    plan = make_plan(cfg, dist, tokens_per_epoch, estimate_batch_size(cfg, dist))
+    if dist.is_main:
+        print(describe(plan, cfg, dist))
+
+
+# ---- Resuming --------------------------------------------------------------------------------------------------------
+
+
+def find_resume_checkpoint(cfg: Config, dist: Dist) -> dict[str, Any] | None:
+    """The checkpoint to resume from, with its path; None for a new run. Raises ValueError if options contradict it."""
+    if cfg.train.resume == "never":
+        newest = checkpoint.latest(cfg.train.run_dir)
+        if newest:
+            raise ValueError(f"--resume=never, but {newest} exists; choose another --run_dir or remove it first")
+        return None
+    if cfg.train.resume == "auto":
+        # Also with --init_from: a run that has a checkpoint began with those weights long ago.
+        newest = checkpoint.read_latest(cfg.train.run_dir, warn=print if dist.is_main else lambda _: None)
+        if newest is None:
+            return None
+        path, state = newest
+    else:
+        if cfg.train.init_from:
+            raise ValueError("--resume continues a run and --init_from starts one from weights; give only one of them")
+        path = checkpoint.resolve(cfg.train.resume)
+        state = checkpoint.read(path)
+    check_same_model(state, cfg, path)
+    if "optimizer" not in state:
+        raise ValueError(f"{path} has weights but no optimizer state; start from it with --init_from={path}")
+    return {**state, "path": path}
+
+
+def check_same_model(state: dict[str, Any], cfg: Config, path: Path) -> None:
+    """Raise ValueError if a checkpoint's model is not the configured one, with the differences."""
+    # Through ModelConfig, which fills in what older checkpoints do not have.
+    saved = to_dict(from_dict(ModelConfig, state["config"]["model"]))
+    changes = differences(saved, to_dict(cfg.model))
+    if changes:
+        raise ValueError(f"{path} has another model ({'; '.join(changes)}); give its shape, or another --run_dir")
+
+
+def changed_options(state: dict[str, Any], cfg: Config) -> list[str]:
+    """How this run's options differ from those a checkpoint was trained with, one line each."""
+    changes = []
+    for section, new in to_dict(cfg).items():
+        if section != "model":
+            # Another version may have written the checkpoint: options that only one of the two has are left out.
+            old = {name: value for name, value in state["config"].get(section, {}).items() if name in new}
+            changes += differences({**new, **old}, new)
+    return [f"  {change}" for change in changes]
+
+
+def is_finished(cfg: Config, mixture: Mixture, state: dict[str, Any], dist: Dist) -> bool:
+    """True if the run directory already holds the result of this config; then print where."""
+    # With a larger max_tokens the last checkpoint is not the end, and the run continues.
+    total_steps = count_steps(cfg, mixture.tokens_per_epoch)
+    has_summary = Path(cfg.train.run_dir, "final_metrics.json").exists()
+    if not has_summary or state["path"] != checkpoint.checkpoint_path(cfg.train.run_dir, total_steps):
+        return False
+    if dist.is_main:
+        print("\n".join([*changed_options(state, cfg), next_steps(cfg)]))
+    return True
+
+
+def resume(state: TrainState, resume_from: dict[str, Any] | None, cfg: Config, log: RunLog) -> tuple[int, float]:
+    """Restore the run from a checkpoint, if there is one. Returns the steps done and the seconds spent so far."""
+    if resume_from is None:
+        # Removes the rows of a run that was killed before its first checkpoint.
+        log.rewind(0)
+        return 0, 0.0
+    checkpoint.restore(resume_from, state, resume_from["path"])
+    step = resume_from["step"]
+    log.rewind(step)
+    log.info("\n".join([f"resumed {resume_from['path']} at step {step:,}", *changed_options(resume_from, cfg)]))
+    if len(resume_from["rng"]) != distributed.world_size():
+        log.info(f"  processes: {len(resume_from['rng'])} -> {distributed.world_size()} (random state starts anew)")
+    return step, resume_from["metrics"].get("elapsed_s", 0.0)
+
+
+# ---- Evaluating ------------------------------------------------------------------------------------------------------
+
+
+def evaluate_hellaswag(
+    model: Transformer, tokenizer: Tokenizer | None, cfg: Config, log: RunLog, dtype: torch.dtype | None
+) -> dict[str, float]:
+    """Accuracy on all items of cfg.train.hellaswag, on all ranks; {} without items or tokenizer."""
+    path = cfg.train.hellaswag
+    if path is None or tokenizer is None:
+        return {}
+    if not Path(path).exists():
+        log.warn_once(f"no HellaSwag items at {path}: not scored (eval_hellaswag.py --download fetches them)")
+        return {}
+    scores = eval_hellaswag.evaluate(model, tokenizer, eval_hellaswag.load_items(path), dtype=dtype)
+    return {f"hellaswag_{key}": scores[key] for key in ("acc", "acc_norm", "acc_norm_stderr")}
+
+
+def sample_text(model: Transformer, tokenizer: Tokenizer | None, cfg: Config, dist: Dist) -> str:
+    """How the model continues SAMPLE_PROMPT, as one quoted line; "" on ranks that need not take part."""
+    if tokenizer is None or not cfg.train.sample_tokens or not (dist.is_main or dist.sharded):
+        return ""
+    # In the training data a document begins after an end-of-text token.
+    prompt = [tokenizer.eot_id, *tokenizer.encode(SAMPLE_PROMPT)]
+    continue_text = diffusion.generate if cfg.train.objective == "mdm" else generate
+    # Without a stop token, so that all ranks of a sharded model make the same number of forward passes.
+    sampling = Sampling(temperature=0.8, top_k=50, seed=0)
+    tokens = list(continue_text(model, prompt, cfg.train.sample_tokens, sampling))
+    if tokenizer.eot_id in tokens:
+        tokens = tokens[: tokens.index(tokenizer.eot_id)]
+    return f"sample: {SAMPLE_PROMPT + tokenizer.decode(tokens)!r}"
+
+
+# ---- Reporting -------------------------------------------------------------------------------------------------------
+
+
+def write_summary(cfg: Config, plan: Plan, dist: Dist, log: RunLog, timer: Timer) -> None:
+    """Write final_metrics.json and .png, and log how the plan came out and where everything is."""
+    if not dist.is_main:
+        return
+    name = devices.device_name(dist.device)
+    summary = metrics.write_summary(
+        cfg.train.run_dir,
+        parameters=cfg.model.num_params(),
+        unique_tokens=plan.tokens_per_epoch,
+        device=name,
+        n_devices=dist.world_size,
+        planned_memory_gb=estimate.training_memory_gb(workload(cfg, dist, plan.layout.batch_size)),
+        planned_tokens_per_s=estimate.tokens_per_s(cfg.model.flops_per_token(), name, dist.world_size),
+        seconds=timer.seconds(),
+        torch=str(torch.__version__),
+    )
+    log.info(metrics.compare_with_plan(summary))
+    log.info(next_steps(cfg))
+
+
+def next_steps(cfg: Config) -> str:
+    """Where the files of a finished run are and what to do with them."""
+    run_dir = cfg.train.run_dir
+    # launch_training.sh makes a .venv that the user's shell has not activated.
+    in_project = Path(sys.executable).is_relative_to(Path.cwd())
+    python = os.path.relpath(sys.executable) if in_project else "python"
+    summary = json.loads(Path(run_dir, "final_metrics.json").read_text(encoding="utf-8"))
+    return (
+        f"done: {summary['step']:,} steps, {summary['tokens']:,} tokens, validation loss {summary['val_loss']:.4f}\n"
+        f"  checkpoint  {checkpoint.checkpoint_path(run_dir, summary['step'])}\n"
+        f"  numbers     {run_dir}/metrics.jsonl, {run_dir}/final_metrics.json\n"
+        f"  picture     {run_dir}/final_metrics.png\n"
+        f"  talk to it  {python} chat.py {shlex.quote(run_dir)}"
+    )
+
+
+def main(cfg: Config) -> None:
+    """Train as `cfg` says, in this process or as one rank of torchrun. Exit codes are in fault_tolerance.py."""
+    if not torch.cuda.is_available():
+        retain_freed_memory()
+    if cfg.train.kill_switch and Path(cfg.train.kill_switch).exists():
+        # A launcher that restarts the run would have it stop again and again.
+        raise ValueError(f"the kill switch {cfg.train.kill_switch} exists; remove it to train")
+    dist = distributed.init(cfg.train.timeout, cfg.train.parallel, cfg.train.tensor_parallel)
+    try:
+        stop_reason = dry_run(cfg, dist) if cfg.train.dry_run else train(cfg, dist)
+    except RuntimeError as error:
+        # When a rank dies, communication fails on all others; the error should name the rank that died.
+        is_collective = any(backend in str(error).lower() for backend in ("gloo", "nccl"))
+        if dist.world_size == 1 or not is_collective:
+            raise
+        silent = distributed.silent_ranks()
+        message = f"{silent} (--timeout={cfg.train.timeout:g}); the same command resumes from the last save"
+        raise Failure(message) from error
+    # Not after an exception: it would wait for ranks that may be gone.
+    distributed.shutdown()
+    if stop_reason:
+        sys.exit(fault_tolerance.EXIT_CODES.get(stop_reason, fault_tolerance.EXIT_RESUME))
 
 
 if __name__ == "__main__":
-    config.run(lambda: main(config.parse_config(Config)))
+    run_cli(lambda: main(parse_config(Config)))

@@ -1,6 +1,5 @@
 """Shared by all tests: small shapes, the byte tokenizer, and where the shared data lie."""
 
-import gc
 import json
 import os
 from collections.abc import Iterator
@@ -10,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import data_pipeline
-import metrics
-import training
 from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,8 +56,10 @@ def shared(name: str) -> Path:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """The sample corpus, prepared. Who damages it damages a copy."""
+    from data_pipeline import SampleConfig, sample
+
     folder = tmp_path_factory.mktemp("data") / "sample"
-    data_pipeline.sample(folder)
+    sample(SampleConfig(out_dir=str(folder)))
     return folder
 
 
@@ -78,16 +76,8 @@ def items(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def no_plots() -> Iterator[None]:
     """Runs draw no pictures, which take a second each."""
+    from nano416 import metrics
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "plot", lambda *_: None)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_runs() -> Iterator[None]:
-    """Runs in this process write 8 tokens of their 200, and do not look for garbage among all that is imported, which
-    took longer than the run: what they set aside for their time stays there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "SAMPLE_TOKENS", 8)
-        patch.setattr(gc, "unfreeze", lambda: None)
         yield

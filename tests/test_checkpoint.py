@@ -1,4 +1,4 @@
-"""checkpoint.py: what is saved comes back, whatever wrapped it; what is broken is named; a crash costs nothing."""
+"""Checkpoints: what is saved comes back, whatever wrapped it; what is broken is named; a crash costs nothing."""
 
 import dataclasses
 import os
@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,26 +18,52 @@ from conftest import ROOT, tiny_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import distributed
-from model import Transformer
-from optimizers import OPTIMIZERS, OptimConfig, build_optimizer
+from nano416 import checkpoint, distributed
+from nano416.checkpoint import CheckpointWriter, TrainState
+from nano416.optimizers import EMA, OPTIMIZERS, OptimConfig, build_optimizer
 
 
-def save(run_dir, model, optimizer, step=3, raw_model: Transformer | None = None, permanent=True):
-    writer = checkpoint.Writer(run_dir)
-    path = writer.save(
-        step=step, tokens=96, model=model, optimizer=optimizer, permanent=permanent, loader={"sequences": 12},
-        config={"model": dataclasses.asdict((raw_model or model).config)},
-        tokenizer={"name": "bytes", "vocab_size": 257, "eot_id": 256}, metrics={"loss": 2.5},
-    )  # fmt: skip
+class Counter:
+    """Stands in for a loader or a guard: a thing with state."""
+
+    def __init__(self, value: int):
+        self.value = value
+
+    def state_dict(self) -> dict[str, int]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.value = state["value"]
+
+
+def train_state(model: nn.Module, optimizer=None, ema=None) -> TrainState:
+    return TrainState(model, optimizer or adamw(model), Counter(12), Counter(34), ema)
+
+
+def metadata(raw_model: Any) -> dict[str, Any]:
+    return {
+        "tokens": 96,
+        "config": {"model": dataclasses.asdict(raw_model.config)},
+        "tokenizer": {"name": "bytes", "vocab_size": 257, "eot_id": 256},
+        "metrics": {"loss": 2.5},
+    }
+
+
+def save(run_dir: Path, state: TrainState, step: int = 3, permanent: bool = True, raw_model: Any = None) -> Path:
+    writer = CheckpointWriter(run_dir)
+    path = writer.save(step, state, metadata(raw_model or state.model), permanent)
     writer.wait()
     assert not writer.failed
     return path
 
 
-def learn(model: nn.Module, optimizer, steps: int, seed: int = 0) -> list[float]:
-    generator, losses = torch.Generator().manual_seed(seed), []
+def restore(path: Path, state: TrainState) -> None:
+    checkpoint.restore(checkpoint.read(path), state, path)
+
+
+def train(model: nn.Module, optimizer, steps: int, seed: int = 0) -> list[float]:
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
     for _ in range(steps):
         tokens = torch.randint(0, 97, (2, 17), generator=generator)
         loss = model(tokens[:, :-1], tokens[:, 1:])
@@ -46,17 +74,17 @@ def learn(model: nn.Module, optimizer, steps: int, seed: int = 0) -> list[float]
     return losses
 
 
-def adam(model: nn.Module, **changes):
+def adamw(model: nn.Module, **changes):
     return build_optimizer(model, OptimConfig(**{"optimizer": "adamw", "max_lr": 1e-2, **changes}))
 
 
 @pytest.fixture
-def saved(tmp_path):
+def saved(tmp_path) -> Path:
     """A checkpoint after three steps."""
     model = tiny_model(qk_norm=True)
-    optimizer = adam(model)
-    learn(model, optimizer, 3)
-    return save(tmp_path, model, optimizer)
+    optimizer = adamw(model)
+    train(model, optimizer, 3)
+    return save(tmp_path, train_state(model, optimizer))
 
 
 # ---- What is saved comes back ----------------------------------------------------------------------------------------
@@ -65,53 +93,80 @@ def saved(tmp_path):
 @pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 2, "qk_norm": True}, {"tie_embeddings": False}])
 def test_a_loaded_model_gives_the_same_logits(shape, tmp_path, tokens):
     model = tiny_model(**shape)
-    save(tmp_path, model, adam(model))
-    loaded, meta = checkpoint.load_model(tmp_path)
-    assert torch.equal(loaded(tokens), model(tokens)) and not loaded.training
-    assert (meta["step"], meta["tokens"], meta["loader"]["sequences"], meta["metrics"]) == (3, 96, 12, {"loss": 2.5})
-    assert meta["path"] == str(tmp_path / "checkpoint_step_3.pt") and "model" not in meta and "optimizer" not in meta
+    path = save(tmp_path, train_state(model))
+    loaded, metadata = checkpoint.load_model(tmp_path)
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert not loaded.training
+    assert (metadata["step"], metadata["tokens"], metadata["metrics"]) == (3, 96, {"loss": 2.5})
+    assert metadata["path"] == str(path)
+    assert not metadata.keys() & {"model", "optimizer", "ema"}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_continues_bit_for_bit(name, tmp_path):
     model = tiny_model()
-    optimizer = adam(model, optimizer=name)
-    learn(model, optimizer, 5)
-    path = save(tmp_path, model, optimizer)
-    expected = learn(model, optimizer, 5, seed=1)
+    optimizer = adamw(model, optimizer=name)
+    train(model, optimizer, 5)
+    path = save(tmp_path, train_state(model, optimizer))
+    expected = train(model, optimizer, 5, seed=1)
 
     other = tiny_model(seed=9)
-    its_optimizer = adam(other, optimizer=name)
-    checkpoint.restore(checkpoint.read(path), other, its_optimizer, path)
-    assert learn(other, its_optimizer, 5, seed=1) == expected
+    other_optimizer = adamw(other, optimizer=name)
+    restore(path, train_state(other, other_optimizer))
+    assert train(other, other_optimizer, 5, seed=1) == expected
     for (name, a), b in zip(model.named_parameters(), other.parameters()):
         assert torch.equal(a, b), name
 
 
-def test_the_settings_of_the_continuing_run_win_over_the_files(tmp_path):
+def test_loader_guard_and_averages_continue_where_they_were(tmp_path):
     model = tiny_model()
-    optimizer = adam(model, beta2=0.9, weight_decay=0.5)
-    learn(model, optimizer, 2)
-    path = save(tmp_path, model, optimizer)
-    now = adam(model, beta2=0.99, weight_decay=0.0)
-    checkpoint.restore(checkpoint.read(path), model, now, path)
+    optimizer = adamw(model)
+    ema = EMA(model, 0.9)
+    train(model, optimizer, 2)
+    ema.update()
+    path = save(tmp_path, TrainState(model, optimizer, Counter(5), Counter(6), ema))
+    state = train_state(tiny_model(seed=9), ema=EMA(tiny_model(seed=9), 0.9))
+    restore(path, state)
+    assert (state.loader.value, state.guard.value, state.ema.state_dict()["ema_updates"]) == (5, 6, 1)
+    averages = ema.state_dict()["ema"]
+    assert all(torch.equal(averages[name], weight) for name, weight in state.ema.state_dict()["ema"].items())
+    loaded = checkpoint.load_model(path)[0]
+    assert all(torch.equal(averages[name], weight) for name, weight in loaded.named_parameters()), "not the averages"
+    restore(path, train_state(tiny_model(seed=9)))  # a run without --ema ignores them
+
+
+def test_the_settings_of_the_resumed_run_win_over_the_files(tmp_path):
+    model = tiny_model()
+    optimizer = adamw(model, beta2=0.9, weight_decay=0.5)
+    train(model, optimizer, 2)
+    path = save(tmp_path, train_state(model, optimizer))
+    now = adamw(model, beta2=0.99, weight_decay=0.0)
+    restore(path, train_state(model, now))
     assert [(g["betas"][1], g["weight_decay"], g["lr"]) for g in now.param_groups] == [(0.99, 0.0, 1e-2)] * 3
+
+
+def test_the_state_of_another_optimizer_is_refused(saved):
+    model = tiny_model(qk_norm=True)
+    with pytest.raises(ValueError, match=r"another optimizer .*exp_avg.*momentum.*; resume with the --optimizer"):
+        restore(saved, train_state(model, adamw(model, optimizer="lion")))
 
 
 def test_random_numbers_continue_where_they_were(tmp_path):
     model = tiny_model()
-    path = save(tmp_path, model, adam(model))
+    path = save(tmp_path, train_state(model))
     expected = torch.rand(5)
     torch.manual_seed(1)
-    checkpoint.restore(checkpoint.read(path), model, adam(model), path)
+    restore(path, train_state(model))
     assert torch.equal(torch.rand(5), expected)
 
 
 def test_a_checkpoint_is_plain_types_and_holds_tied_weights_once(saved):
-    state = torch.load(saved, weights_only=True)
-    keys = "format step tokens config tokenizer model optimizer loader rng metrics"
-    assert set(state) == set(keys.split()) and state["format"] == checkpoint.FORMAT
-    assert "lm_head.weight" not in state["model"] and not any("rope" in name for name in state["model"])
+    contents = torch.load(saved, weights_only=True)
+    keys = "format step tokens config tokenizer model optimizer loader guard rng metrics"
+    assert set(contents) == set(keys.split())
+    assert contents["format"] == checkpoint.FORMAT
+    assert "lm_head.weight" not in contents["model"]
+    assert not any("rope" in name for name in contents["model"])
 
 
 @pytest.fixture
@@ -124,27 +179,24 @@ def process_group(tmp_path):
 @pytest.mark.parametrize("wrapping", ["compiled in place", "torch.compile", "ddp", "compiled in place, then ddp"])
 def test_every_wrapping_writes_the_same_keys_and_loads_alike(wrapping, tmp_path, process_group, tokens):
     raw_model = tiny_model()
-    optimizer = adam(raw_model)
-    learn(raw_model, optimizer, 1)
-    plain = checkpoint.read(save(tmp_path, raw_model, optimizer, step=1))
+    optimizer = adamw(raw_model)
+    train(raw_model, optimizer, 1)
+    plain = checkpoint.read(save(tmp_path, train_state(raw_model, optimizer), step=1))
     if "in place" in wrapping:
         raw_model.compile()
-    model = torch.compile(raw_model) if wrapping == "torch.compile" else raw_model
+    model: Any = torch.compile(raw_model) if wrapping == "torch.compile" else raw_model
     model = DistributedDataParallel(model) if "ddp" in wrapping else model
-    wrapped = checkpoint.read(save(tmp_path, model, optimizer, step=2, raw_model=raw_model))
+    wrapped = checkpoint.read(save(tmp_path, train_state(model, optimizer), step=2, raw_model=raw_model))
     for part in ("model", "optimizer"):
         assert wrapped[part].keys() == plain[part].keys()
     assert wrapped["optimizer"]["state"].keys() == plain["optimizer"]["state"].keys()
-    for name, value in plain["model"].items():
-        assert torch.equal(value, wrapped["model"][name]), name
-    other = tiny_model(seed=9)  # and the other way round: a plain file into a wrapped model
+    for name, weight in plain["model"].items():
+        assert torch.equal(weight, wrapped["model"][name]), name
+    # The other way round: a plain file into a wrapped model.
+    other = tiny_model(seed=9)
     checkpoint.load_weights(DistributedDataParallel(other) if "ddp" in wrapping else other, plain["model"], "plain")
-    assert torch.equal(other(tokens), tiny_logits(raw_model, tokens))
-
-
-def tiny_logits(model: Transformer, tokens) -> torch.Tensor:
     with torch.compiler.set_stance("force_eager"):
-        return model(tokens)
+        assert torch.equal(other(tokens), raw_model(tokens))
 
 
 # ---- Which file is meant ---------------------------------------------------------------------------------------------
@@ -158,32 +210,57 @@ def test_a_run_directory_means_its_highest_step(tmp_path):
         "checkpoint_step_x.pt",
     ):
         (tmp_path / name).touch()
-    assert checkpoint.find(tmp_path) == checkpoint.latest(tmp_path) == tmp_path / "checkpoint_step_10.pt"
-    assert checkpoint.find(tmp_path / "checkpoint_step_9.pt") == tmp_path / "checkpoint_step_9.pt"
+    assert checkpoint.resolve(tmp_path) == checkpoint.latest(tmp_path) == tmp_path / "checkpoint_step_10.pt"
+    assert checkpoint.resolve(tmp_path / "checkpoint_step_9.pt") == tmp_path / "checkpoint_step_9.pt"
 
 
 @pytest.mark.parametrize("name", ["no/such/folder/file.pt", "absent.pt", "someone/nothing-like-it"])
-def test_a_path_that_is_nothing_is_named(name):
+def test_a_path_without_a_checkpoint_is_named(name):
     with pytest.raises(ValueError, match=f"no checkpoint at {name}"):
-        checkpoint.find(name)
+        checkpoint.resolve(name)
 
 
-def test_a_mistyped_run_is_not_looked_for_on_the_hub_and_a_silent_hub_is_one_line(tmp_path, monkeypatch):
+class ConnectError(Exception):
+    """As the Hub client's HTTP library has it: not an OSError."""
+
+
+def test_a_mistyped_run_is_not_looked_up_on_the_hub_and_a_silent_hub_is_one_line(tmp_path, monkeypatch):
     from huggingface_hub import HfApi
 
-    class ConnectError(Exception):
-        """As the hub client's HTTP library has it: no OSError."""
-
-    def refused(*_, **__):
+    def refuse(*_, **__):
         raise ConnectError("Name or service not known")
 
-    monkeypatch.setattr(HfApi, "model_info", refused)
+    monkeypatch.setattr(HfApi, "model_info", refuse)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="someone/run: no such file or folder, and the Hub cannot be reached"):
-        checkpoint.find("someone/run")
+    with pytest.raises(
+        ValueError, match=r"someone/run: no such file or folder, and the Hub cannot be reached"
+    ) as error:
+        checkpoint.resolve("someone/run")
+    assert "\n" not in str(error.value)
     (tmp_path / "runs").mkdir()
     with pytest.raises(ValueError, match="runs/typo: neither a file nor a run directory"):
-        checkpoint.find("runs/typo")
+        checkpoint.resolve("runs/typo")
+
+
+def test_a_hub_repository_means_its_highest_step_and_a_revision_can_be_pinned(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.hf_api import ModelInfo
+
+    asked = []
+    files = [{"rfilename": name} for name in ("checkpoint_step_9.pt", "checkpoint_step_10.pt", "README.md")]
+
+    def model_info(self, repo, revision=None):
+        return ModelInfo(id=repo, siblings=files)
+
+    def download(repo, name, revision=None):
+        asked.append((repo, name, revision))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert checkpoint.resolve("someone/model@1a2b3c") == tmp_path / "checkpoint_step_10.pt"
+    checkpoint.resolve("someone/model")
+    assert asked == [("someone/model", "checkpoint_step_10.pt", revision) for revision in ("1a2b3c", None)]
 
 
 # ---- What is broken is named -----------------------------------------------------------------------------------------
@@ -194,35 +271,27 @@ class Bomb:
         return os.system, ("touch exploded",)
 
 
-def changed(state: dict, **parts) -> dict:
-    return {**state, **parts}
-
-
 def without(state: dict, key: str) -> dict:
     return {name: value for name, value in state.items() if name != key}
 
 
-def reshaped(state: dict) -> dict:
-    return changed(state, model={**state["model"], "norm.weight": torch.ones(31)})
-
-
-def flip(data: bytes, at: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+def flip(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
 
 
 BROKEN_BYTES = {
     "a flipped byte": (lambda data: flip(data, len(data) // 2), "damaged"),
     "a flipped byte in the directory": (lambda data: flip(data, len(data) - 200), "damaged"),
-    "bytes that are no utf-8": (lambda data: data[:-120] + bytes([data[-120] ^ 0x80]) + data[-119:], "damaged"),
+    "bytes that are not utf-8": (lambda data: data[:-120] + bytes([data[-120] ^ 0x80]) + data[-119:], "damaged"),
     "half of it": (lambda data: data[: len(data) // 2], "truncated"),
     "nothing": (lambda data: b"", "0 bytes.*truncated"),
     "a web page": (lambda data: b"<!DOCTYPE html><html>404</html>", "is a web page"),
     "a git-lfs pointer": (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
-    "text": (lambda data: b"hello", "no checkpoint"),
+    "text": (lambda data: b"hello", "not a checkpoint"),
 }
 BROKEN_STATE = {
-    "a pickle bomb": (lambda state: changed(state, metrics=Bomb()), "refused: .* could run code"),
-    "an unknown class": (lambda state: changed(state, metrics=OptimConfig()), "refused"),
+    "a pickle bomb": (lambda state: dict(state, metrics=Bomb()), "refused: .* could run code"),
+    "an unknown class": (lambda state: dict(state, metrics=OptimConfig()), "refused"),
     "a list": (lambda state: [1, 2], "not a nano416 checkpoint: it holds list"),
     "another project's file": (
         lambda state: {"state_dict": {}},
@@ -230,22 +299,25 @@ BROKEN_STATE = {
     ),
     "no weights": (lambda state: without(state, "model"), "not a nano416 checkpoint"),
     "no tokenizer": (lambda state: without(state, "tokenizer"), "not a nano416 checkpoint"),
-    "no shape": (lambda state: changed(state, config={}), "describes a model that this version does not know"),
+    "no shape": (lambda state: dict(state, config={}), "describes a model that this version does not know"),
     "a shape of tomorrow": (
-        lambda state: changed(state, config={"model": {**state["config"]["model"], "window": 9}}),
+        lambda state: dict(state, config={"model": {**state["config"]["model"], "window": 9}}),
         "unknown key window",
     ),
     "an impossible shape": (
-        lambda state: changed(state, config={"model": {**state["config"]["model"], "n_heads": 5}}),
+        lambda state: dict(state, config={"model": {**state["config"]["model"], "n_heads": 5}}),
         "n_heads",
     ),
-    "a newer format": (lambda state: changed(state, format=99), r"format 99, this version reads up to 1; update"),
+    "a newer format": (lambda state: dict(state, format=99), r"format 99, this version reads up to 1; update"),
     "a missing weight": (
-        lambda state: changed(state, model=without(state["model"], "norm.weight")),
+        lambda state: dict(state, model=without(state["model"], "norm.weight")),
         r"norm.weight is missing \(1 diff",
     ),
-    "an unknown weight": (lambda state: changed(state, model={**state["model"], "x": torch.ones(1)}), "x is unknown"),
-    "a wrong shape": (reshaped, r"norm.weight is \[31\], the model has \[32\]"),
+    "an unknown weight": (lambda state: dict(state, model={**state["model"], "x": torch.ones(1)}), "x is unknown"),
+    "a wrong shape": (
+        lambda state: dict(state, model={**state["model"], "norm.weight": torch.ones(31)}),
+        r"norm.weight is \[31\], the model has \[32\]",
+    ),
     "a foreign model_state_dict": (lambda state: {"model_state_dict": {"w": torch.ones(1)}}, "another project"),
 }
 
@@ -270,29 +342,31 @@ def test_a_file_of_other_content_is_named_with_what_to_do(what, saved, tmp_path,
     assert not os.path.exists("exploded"), "the file ran code"
 
 
-def test_a_zip_of_something_else_is_no_checkpoint(tmp_path):
+def test_a_zip_of_something_else_is_not_a_checkpoint(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("word/document.xml", "<text/>")
-    with pytest.raises(ValueError, match=r"x\.pt .*no checkpoint"):
+    with pytest.raises(ValueError, match=r"x\.pt .*not a checkpoint"):
         checkpoint.load_model(tmp_path / "x.pt")
 
 
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(saved):
     """Two hundred places: an error that names the file, or exactly the weights that were saved."""
-    data, weights = saved.read_bytes(), checkpoint.read(saved)["model"]
-    weights = {name: value.clone() for name, value in weights.items()}  # they are mapped from the file
+    data = saved.read_bytes()
+    weights = {name: weight.clone() for name, weight in checkpoint.read(saved)["model"].items()}
     generator = torch.Generator().manual_seed(0)
     noticed = 0
-    for at in torch.randint(0, len(data), (200,), generator=generator).tolist():
-        broken = saved.with_name("flipped.pt")
-        broken.write_bytes(flip(data, at))
+    broken = saved.with_name("flipped.pt")
+    for position in torch.randint(0, len(data), (200,), generator=generator).tolist():
+        broken.write_bytes(flip(data, position))
         try:
             loaded = checkpoint.read(broken)["model"]
         except ValueError as error:
             assert str(broken) in str(error)
             noticed += 1
         else:
-            assert all(torch.equal(weights[name], loaded[name]) for name in weights), f"byte {at} changed a weight"
+            assert all(torch.equal(weights[name], loaded[name]) for name in weights), (
+                f"byte {position} changed a weight"
+            )
     assert noticed > 100
 
 
@@ -305,106 +379,120 @@ def test_a_directory_without_checkpoint_and_an_absent_path_are_named(make, tmp_p
 
 # ---- A crash costs nothing -------------------------------------------------------------------------------------------
 
-
-def files(folder) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
+DISK_FULL = OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("failure", [DISK_FULL, KeyboardInterrupt()])
 def test_a_write_that_fails_half_way_leaves_the_older_file_alone(failure, tmp_path, monkeypatch):
-    model = tiny_model()
-    path = save(tmp_path, model, adam(model))
-    before, state = path.read_bytes(), checkpoint.read(path)
+    path = save(tmp_path, train_state(tiny_model()))
+    before = path.read_bytes()
+    contents = checkpoint.read(path)
 
-    def half(state, file):
+    def write_half(contents, file):
         file.write(before[: len(before) // 2])
         raise failure
 
-    monkeypatch.setattr(torch, "save", half)
-    for step in (3, 4):  # over the old file, and beside it
+    monkeypatch.setattr(torch, "save", write_half)
+    for step in (3, 4):  # over the old file, and a new one
         with pytest.raises(type(failure)):
-            checkpoint.write(checkpoint.path_of(tmp_path, step), state)
-    assert files(tmp_path) == [path.name] and path.read_bytes() == before
+            checkpoint.write(checkpoint.checkpoint_path(tmp_path, step), contents)
+    assert files(tmp_path) == [path.name]
+    assert path.read_bytes() == before
 
 
 def test_a_failed_save_is_reported_and_the_next_one_works(tmp_path, monkeypatch):
-    model, warnings = tiny_model(), []
-    writer = checkpoint.Writer(tmp_path, warnings.append)
-    facts = {"tokens": 1, "config": {"model": dataclasses.asdict(model.config)}, "tokenizer": {}}
-    real, full = torch.save, OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(full))
-    writer.save(step=1, model=model, optimizer=adam(model), permanent=True, **facts)
+    state = train_state(tiny_model())
+    warnings = []
+    writer = CheckpointWriter(tmp_path, warnings.append)
+
+    def refuse(*_):
+        raise DISK_FULL
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", refuse)
+        writer.save(1, state, metadata(state.model), permanent=True)
+        writer.wait()
+    assert "No space left" in warnings[0]
+    assert "checkpoint_step_1.pt" in warnings[0]
+    assert warnings[0].startswith(writer.failed)
+    assert files(tmp_path) == []
+    writer.save(2, state, metadata(state.model), permanent=True)
     writer.wait()
-    assert "No space left" in warnings[0] and "checkpoint_step_1.pt" in warnings[0] and files(tmp_path) == []
-    monkeypatch.setattr(torch, "save", real)
-    writer.save(step=2, model=model, optimizer=adam(model), permanent=True, **facts)
-    writer.wait()
-    assert files(tmp_path) == ["checkpoint_step_2.pt"] and not writer.failed
+    assert files(tmp_path) == ["checkpoint_step_2.pt"]
+    assert not writer.failed
 
 
 def test_a_save_holds_the_weights_of_its_moment_though_training_goes_on(tmp_path, monkeypatch):
     model = tiny_model()
-    optimizer = adam(model)
-    learn(model, optimizer, 1)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    moments = optimizer.state_dict()["state"][0]["exp_avg"].clone(), optimizer.state_dict()["state"][0]["step"].clone()
-    go, real = threading.Event(), torch.save
-    monkeypatch.setattr(torch, "save", lambda *args: (go.wait(10), real(*args)))
-    writer = checkpoint.Writer(tmp_path)
-    facts = {"tokens": 1, "config": {"model": dataclasses.asdict(model.config)}, "tokenizer": {}}
-    path = writer.save(step=1, model=model, optimizer=optimizer, permanent=True, **facts)
-    learn(model, optimizer, 2)
-    go.set()
+    optimizer = adamw(model)
+    train(model, optimizer, 1)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments = {key: tensor.clone() for key, tensor in optimizer.state_dict()["state"][0].items()}
+    continue_writing = threading.Event()
+    torch_save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (continue_writing.wait(10), torch_save(*args)))
+    writer = CheckpointWriter(tmp_path)
+    path = writer.save(1, train_state(model, optimizer), metadata(model), permanent=True)
+    train(model, optimizer, 2)
+    continue_writing.set()
     writer.wait()
-    state = checkpoint.read(path)
-    assert all(torch.equal(state["model"][name], tensor) for name, tensor in before.items())
-    first = next(iter(state["optimizer"]["state"].values()))
-    assert torch.equal(first["exp_avg"], moments[0]) and torch.equal(first["step"], moments[1])
+    contents = checkpoint.read(path)
+    assert all(torch.equal(contents["model"][name], tensor) for name, tensor in weights.items())
+    first = next(iter(contents["optimizer"]["state"].values()))
+    assert all(torch.equal(first[key], tensor) for key, tensor in moments.items())
 
 
 def test_a_temporary_checkpoint_goes_when_a_newer_one_is_safe_and_permanent_ones_stay(tmp_path, monkeypatch):
-    model = tiny_model()
-    for step, permanent, left in (
+    state = train_state(tiny_model())
+    for step, permanent, expected in (
         (1, True, ["checkpoint_step_1.pt"]),
         (2, False, ["checkpoint_step_1.pt", "temporary_step_2.pt"]),
         (3, False, ["checkpoint_step_1.pt", "temporary_step_3.pt"]),
         (4, True, ["checkpoint_step_1.pt", "checkpoint_step_4.pt"]),
     ):
-        save(tmp_path, model, adam(model), step=step, permanent=permanent)
-        assert files(tmp_path) == left
-    save(tmp_path, model, adam(model), step=5, permanent=False)
-    monkeypatch.setattr(checkpoint, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    writer = checkpoint.Writer(tmp_path)
-    writer.save(step=6, model=model, optimizer=adam(model), permanent=True)
+        save(tmp_path, state, step, permanent)
+        assert files(tmp_path) == expected
+    save(tmp_path, state, 5, permanent=False)
+
+    def refuse(*_):
+        raise DISK_FULL
+
+    monkeypatch.setattr(torch, "save", refuse)
+    writer = CheckpointWriter(tmp_path)
+    writer.save(6, state, metadata(state.model), permanent=True)
     writer.wait()
+    assert writer.failed
     assert "temporary_step_5.pt" in files(tmp_path), "the older one goes only after the newer is complete"
 
 
 def test_keep_every_thins_out_the_permanent_ones_but_never_the_newest(tmp_path):
-    model = tiny_model()
-    writer = checkpoint.Writer(tmp_path, keep_every=4)
+    state = train_state(tiny_model())
+    writer = CheckpointWriter(tmp_path, keep_every=4)
     for step in (2, 4, 6, 8, 9):
-        writer.save(step=step, model=model, optimizer=adam(model), permanent=True)
+        writer.save(step, state, metadata(state.model), permanent=True)
         writer.wait()
     assert files(tmp_path) == ["checkpoint_step_4.pt", "checkpoint_step_8.pt", "checkpoint_step_9.pt"]
 
 
-def test_a_hub_revision_can_be_pinned(monkeypatch):
-    asked = []
-    monkeypatch.setattr(checkpoint, "_from_hub", lambda *args: asked.append(args))
-    checkpoint.find("someone/model@1a2b3c")
-    checkpoint.find("someone/model")
-    assert asked == [("someone/model", "1a2b3c"), ("someone/model", None)]
-
-
-def test_the_newest_readable_checkpoint_wins(tmp_path):
-    model, warnings = tiny_model(), []
+def test_the_newest_readable_checkpoint_is_taken(tmp_path, capsys):
+    state = train_state(tiny_model())
     for step, permanent in ((1, True), (2, True), (3, False)):
-        save(tmp_path, model, adam(model), step=step, permanent=permanent)
-    damage = tmp_path / "temporary_step_3.pt"
-    damage.write_bytes(damage.read_bytes()[:-100])
-    path, state = checkpoint.read_latest(tmp_path, warnings.append) or (None, {})
-    assert path == tmp_path / "checkpoint_step_2.pt" and state["step"] == 2 and "temporary_step_3.pt" in warnings[0]
+        save(tmp_path, state, step, permanent)
+    damaged = tmp_path / "temporary_step_3.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    warnings = []
+    newest = checkpoint.read_latest(tmp_path, warnings.append)
+    assert newest
+    path, contents = newest
+    assert path == tmp_path / "checkpoint_step_2.pt"
+    assert contents["step"] == 2
+    assert "temporary_step_3.pt" in warnings[0]
+    assert checkpoint.load_model(tmp_path)[1]["step"] == 2
+    assert "passed over: " in capsys.readouterr().err
     for file in tmp_path.iterdir():
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="no readable checkpoint"):
@@ -413,21 +501,23 @@ def test_the_newest_readable_checkpoint_wins(tmp_path):
 
 
 KILLED = """
-import sys, torch, checkpoint
-state = {"format": 1, "step": 7, "tokens": 0, "config": {"model": {}}, "tokenizer": {}, "model": {"w": torch.rand(2**22)}}
-path = checkpoint.path_of(sys.argv[1], 7)
-checkpoint.write(path, state)
+import sys, torch
+from nano416 import checkpoint
+contents = {"format": 1, "step": 7, "tokens": 0, "config": {"model": {}}, "tokenizer": {}, "model": {"w": torch.rand(2**22)}}
+path = checkpoint.checkpoint_path(sys.argv[1], 7)
+checkpoint.write(path, contents)
 print("ready", flush=True)
 while True:
-    checkpoint.write(path, state)
+    checkpoint.write(path, contents)
 """
 
 
 def test_a_kill_during_writing_leaves_a_readable_file_and_the_next_write_cleans_up(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stdout.readline() == "ready\n"
-        for _ in range(2000):  # until a write is under way
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(2000):
             if any(name.endswith(".tmp") for name in files(tmp_path)):
                 break
             time.sleep(0.001)
@@ -435,12 +525,11 @@ def test_a_kill_during_writing_leaves_a_readable_file_and_the_next_write_cleans_
     left = files(tmp_path)
     assert checkpoint.read(tmp_path / "checkpoint_step_7.pt")["model"]["w"].shape == (2**22,)
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint_step_7.pt"
-    model = tiny_model()
-    save(tmp_path, model, adam(model), step=8)
+    save(tmp_path, train_state(tiny_model()), step=8)
     assert files(tmp_path) == ["checkpoint_step_7.pt", "checkpoint_step_8.pt"], f"before the next write: {left}"
 
 
-# ---- Checkpoints of the seed -----------------------------------------------------------------------------------------
+# ---- Checkpoints of the original 416M run ----------------------------------------------------------------------------
 
 SEED = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 97, "seq_len": 24, "ffn_hidden_mult": 1.5}
 
@@ -473,12 +562,12 @@ def seed_weights(n_kv_heads: int) -> dict[str, torch.Tensor]:
 
 
 def seed_logits(w: dict[str, torch.Tensor], tokens: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
-    """The seed's network, written out: neighbours (2i, 2i + 1) turn as one complex number."""
+    """The original network, written out: neighbours (2i, 2i + 1) rotate as one complex number."""
 
     def normed(x, name):
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[name]
 
-    def turned(x):  # [T, heads, 8]
+    def rotated(x):  # [T, heads, 8]
         angles = torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(4) / 4)
         pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous())
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2)
@@ -491,7 +580,7 @@ def seed_logits(w: dict[str, torch.Tensor], tokens: torch.Tensor, n_kv_heads: in
             (h @ w[f"{name}attention.w_{part}.weight"].T).view(T, heads, 8)
             for part, heads in (("q", 4), ("k", n_kv_heads), ("v", n_kv_heads))
         )
-        q, k = turned(q), turned(k)
+        q, k = rotated(q), rotated(k)
         heads = []
         for head in range(4):
             shared = head * n_kv_heads // 4
@@ -507,7 +596,7 @@ def seed_logits(w: dict[str, torch.Tensor], tokens: torch.Tensor, n_kv_heads: in
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
-def test_a_checkpoint_of_the_seed_gives_the_logits_of_its_formula(n_kv_heads, prefix, tmp_path):
+def test_a_checkpoint_of_the_original_run_gives_the_logits_of_its_formula(n_kv_heads, prefix, tmp_path):
     weights = seed_weights(n_kv_heads)
     state = {
         "step": 15_257,
@@ -522,7 +611,7 @@ def test_a_checkpoint_of_the_seed_gives_the_logits_of_its_formula(n_kv_heads, pr
     expected = seed_logits(weights, tokens, n_kv_heads)
     torch.testing.assert_close(model(tokens[None])[0, :, :97], expected, atol=1e-4, rtol=1e-4)
     assert (meta["step"], meta["tokens"], meta["tokenizer"]["name"]) == (15_257, 10**10, "gpt2")
-    assert model.config.seq_len == 24 and model.num_params() == sum(
+    assert model.config.seq_len == 24 and model.config.num_params() == sum(
         value.numel() for name, value in weights.items() if "cached" not in name and name != "lm_head.weight"
     )
 
@@ -532,10 +621,10 @@ def test_a_checkpoint_of_the_seed_gives_the_logits_of_its_formula(n_kv_heads, pr
     [
         ({"config": {}}, "`n_heads` in its `config` is missing"),
         ({"config": None}, "`n_heads` in its `config` is missing"),
-        ({"model_state_dict": {**seed_weights(4), "lm_head.weight": torch.ones(97, 32)}}, "an output head of its own"),
+        ({"model_state_dict": {**seed_weights(4), "lm_head.weight": torch.ones(97, 32)}}, "an untied output head"),
     ],
 )
-def test_a_checkpoint_almost_like_the_seeds_is_refused_instead_of_guessed(parts, hint, tmp_path):
+def test_a_checkpoint_almost_like_the_original_runs_is_refused(parts, hint, tmp_path):
     state = {"model_state_dict": seed_weights(4), "config": SEED, "step": 1, **parts}
     torch.save(state, tmp_path / "seed.pt")
     with pytest.raises(ValueError, match=hint) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import metrics
+from nano416 import metrics
 
 SHORT = ["--max_steps=4", "--eval_tokens=512", "--log_every=1", "--n_layers=1", "--dim=48", "--n_heads=2"]
 
@@ -22,7 +22,8 @@ def house(tmp_path_factory) -> Path:
     folder.mkdir()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("requirements*.txt")]:
         shutil.copy(path, folder)
-    shutil.copytree(ROOT / "configs", folder / "configs")
+    for name in ("configs", "nano416"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 

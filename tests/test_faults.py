@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from processes import python
-from test_safety import LONG, begin, command, undisturbed, wait_for_step  # noqa: F401  # the fixture
+from test_fault_tolerance import LONG, begin, command, undisturbed, wait_for_step  # noqa: F401  # the fixture
 from test_training import losses, run, same_weights
 
-import checkpoint
 import data_pipeline
-import metrics
+from nano416 import checkpoint, metrics
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("no_plots")]
 
@@ -136,7 +135,7 @@ def test_a_clock_that_jumps_changes_nothing(data, tmp_path, undisturbed, monkeyp
 
 @pytest.mark.parametrize("position", range(0, 20_000, 4_000))
 def test_verify_finds_a_flipped_bit_anywhere_in_a_shard(tmp_path, position):
-    data_pipeline.sample(tmp_path / "data")
+    data_pipeline.sample(data_pipeline.SampleConfig(str(tmp_path / "data")))
     shard = tmp_path / "data/val_000000.bin"
     raw = bytearray(shard.read_bytes())
     raw[1024 + position] ^= 1 << (position // 4_000)

@@ -1,4 +1,4 @@
-"""eval_hellaswag.py: text, tokens and scores of lm-evaluation-harness, item by item; one row per question."""
+"""eval_hellaswag.py: text, tokens and scores are those of lm-evaluation-harness, item by item."""
 
 import dataclasses
 import functools
@@ -16,20 +16,21 @@ import pytest
 import torch
 from conftest import ROOT, shared, tiny_model
 
-import checkpoint
 import eval_hellaswag
-import scoring
-from eval_hellaswag import Item, clean, evaluate, load_items, result, rows_of
+from eval_hellaswag import EvalConfig, Item, accuracies, clean, evaluate, load_items, pack_items
 from model import Transformer
-from scoring import batches_of
-from shards import load_tokenizer
+from nano416 import checkpoint, scoring
+from nano416.config import parse_config
+from nano416.scoring import make_batches
+from nano416.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 ITEMS = [
     Item("Baking: A man stirs a bowl. he", ["adds two eggs.", "leaves.", "flies to the moon, then back.", "x"], 0),
     Item("Running: She runs", ["home.", "a very long way through the forest and over the hills.", "off.", "in."], 1),
     Item("Tea: Pour water. Then wait. Then", ["drink.", "sip.", "throw the cup at the wall.", "sleep."], 3),
-    Item("Sport: ", ["one.", "two.", "three.", "four."], 2),  # a context that ends in a space
+    # A context that ends in a space.
+    Item("Sport: ", ["one.", "two.", "three.", "four."], 2),
 ]
 
 
@@ -37,17 +38,21 @@ def byte_model(**changes) -> Transformer:
     return tiny_model(vocab_size=257, seq_len=96, **changes)
 
 
-def one_by_one(model: Transformer, tokenizer: Any, item: Item) -> list[float]:
-    """Log-likelihood of each ending by one plain forward pass per ending, the context cut from the left to fit."""
+def run(*argv: str) -> None:
+    """The command `python eval_hellaswag.py argv`, in this process."""
+    eval_hellaswag.main(parse_config(EvalConfig, argv))
+
+
+@torch.no_grad()
+def score_alone(model: Transformer, tokenizer: Any, item: Item) -> list[float]:
+    """Log-likelihood of each ending by a forward pass over its own text, truncated on the left."""
     sums = []
     for ending in item.endings:
-        whole = tokenizer.encode(f"{item.context} {ending}")
-        n_ending = len(whole) - len(tokenizer.encode(item.context.rstrip()))
-        whole = whole[-(model.config.seq_len + 1) :]
-        with torch.no_grad():
-            logprobs = model(torch.tensor([whole[:-1]]))[0].log_softmax(-1)
-        at = range(len(whole) - 1 - n_ending, len(whole) - 1)
-        sums.append(sum(logprobs[i, whole[i + 1]].item() for i in at))
+        tokens = tokenizer.encode(f"{item.context} {ending}")
+        n_ending = len(tokens) - len(tokenizer.encode(item.context.rstrip()))
+        tokens = tokens[-(model.config.seq_len + 1) :]
+        logprobs = model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1)
+        sums.append(sum(logprobs[i - 1, tokens[i]].item() for i in range(len(tokens) - n_ending, len(tokens))))
     return sums
 
 
@@ -59,7 +64,7 @@ def one_by_one(model: Transformer, tokenizer: Any, item: Item) -> list[float]:
     [
         ("  a b \n", "a b"),
         ("Cook [title] Boil water", "Cook. Boil water"),
-        ("[title] Boil", " Boil"),  # no space before: an artifact like the others
+        ("[title] Boil", " Boil"),  # no space before it
         ("a [step] b [substeps] c", "a b c"),
         ("a [x] [y] b", "a  b"),  # double spaces become one, once
         ("a    b", "a  b"),
@@ -88,7 +93,7 @@ RECORD = {
 }
 
 
-def test_an_item_is_worded_as_lm_eval_does(tmp_path):
+def test_an_item_has_the_text_of_lm_eval(tmp_path):
     (item,) = load_items(write_lines(tmp_path / "x.jsonl", RECORD))
     assert item == Item("Washing: A man washes. The man", ["a.", "b .", "c.", "d.. e."], 2)
 
@@ -96,15 +101,15 @@ def test_an_item_is_worded_as_lm_eval_does(tmp_path):
 @pytest.mark.parametrize(
     ("line", "hint"),
     [
-        ('{"ctx_a": ', "no HellaSwag item"),
-        ("[1]", "no HellaSwag item"),
-        ({**RECORD, "label": ""}, "no HellaSwag item"),
+        ('{"ctx_a": ', "not a HellaSwag item"),
+        ("[1]", "not a HellaSwag item"),
+        ({**RECORD, "label": ""}, "not a HellaSwag item"),
         ({k: v for k, v in RECORD.items() if k != "endings"}, "endings"),
-        ({**RECORD, "ctx_b": None}, "no HellaSwag item"),
+        ({**RECORD, "ctx_b": None}, "not a HellaSwag item"),
         ({**RECORD, "label": 4}, "a label of 0..3, has 4 and 4"),
         ({**RECORD, "endings": ["a", "b", "c"]}, "needs 4 endings"),
         ({**RECORD, "endings": ["a", "b", "c", "[x]"]}, "ending 3 is empty"),
-        (b"\xff{}\n", "no HellaSwag item .UnicodeDecodeError"),
+        (b"\xff{}\n", "not a HellaSwag item .UnicodeDecodeError"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(line, hint, tmp_path):
@@ -115,7 +120,7 @@ def test_a_bad_line_is_named_with_its_number(line, hint, tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.write_text(""), lambda p: p.write_bytes(b"\xff\xfe")])
-def test_an_absent_empty_or_binary_file_is_named(make, tmp_path):
+def test_a_missing_empty_or_binary_file_is_named(make, tmp_path):
     make(tmp_path / "x.jsonl")
     with pytest.raises(ValueError, match=r"x\.jsonl"):
         load_items(tmp_path / "x.jsonl")
@@ -124,84 +129,42 @@ def test_an_absent_empty_or_binary_file_is_named(make, tmp_path):
 # ---- Scores ----------------------------------------------------------------------------------------------------------
 
 
+def test_an_ending_includes_the_space_before_it():
+    rows = list(pack_items(enumerate(ITEMS), BYTES, seq_len=96))
+    assert [BYTES.decode(row.context) for row in rows] == [item.context.rstrip() for item in ITEMS]
+    assert [BYTES.decode(row.endings[0]) for row in rows[:3]] == [f" {item.endings[0]}" for item in ITEMS[:3]]
+    assert BYTES.decode(rows[3].endings[0]) == "  one."
+
+
 @pytest.mark.parametrize("seq_len", [96, 64, 56])
-@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 2, "qk_norm": True, "tie_embeddings": False}])
-def test_shared_contexts_score_as_one_forward_pass_per_ending(shape, seq_len, monkeypatch):
-    model = tiny_model(vocab_size=257, seq_len=seq_len, **shape)
-    for batch_tokens in (1, 150, 10_000):
-        monkeypatch.setitem(scoring.BATCH_TOKENS, "cpu", batch_tokens)
-        scores = evaluate(model, BYTES, ITEMS)
-        for item, record in zip(ITEMS, scores["items"]):
-            assert record["logprob_sums"] == pytest.approx(one_by_one(model, BYTES, item), abs=1e-4)
+def test_items_score_as_one_forward_pass_per_ending(seq_len):
+    model = tiny_model(vocab_size=257, seq_len=seq_len)
+    for item, record in zip(ITEMS, evaluate(model, BYTES, ITEMS)["items"], strict=True):
+        assert record["logprob_sums"] == pytest.approx(score_alone(model, BYTES, item), abs=1e-4)
 
 
-def test_the_context_is_cut_from_the_left_and_the_ending_never():
-    (item, n_ending) = ITEMS[1], len(ITEMS[1].endings[1]) + 1
-    (row,) = [row for row in rows_of([(0, item)], BYTES, seq_len=n_ending + 4) if row.first == 1]
-    assert BYTES.decode(row.endings[0]) == " " + item.endings[1]
-    assert BYTES.decode(row.context) == item.context[-5:]  # the last token is only predicted: seq_len + 1 in all
-    assert row.length == n_ending + 4
-
-
-def test_rows_are_as_many_as_items_while_everything_fits():
-    needed = max(len(item.context) + max(map(len, item.endings)) for item in ITEMS)  # the space in, the last token out
-    assert len(list(rows_of(enumerate(ITEMS), BYTES, seq_len=needed))) == len(ITEMS)
-    assert len(list(rows_of(enumerate(ITEMS), BYTES, seq_len=needed - 1))) == len(ITEMS) + 3
-
-
-def test_batches_hold_every_row_once_within_the_budget():
-    rows = list(rows_of(enumerate(ITEMS * 5), BYTES, seq_len=96))
-    batches = list(batches_of(rows, 300))
-    assert sorted(map(id, (row for batch in batches for row in batch))) == sorted(map(id, rows))
-    assert all(len(b) == 1 or len(b) * max(row.length for row in b) <= 300 for b in batches)
-
-
-def test_what_is_cut_is_counted_and_said():
-    longest = 1 + max(len(ending) for ending in ITEMS[1].endings)  # the space before it
+def test_truncated_texts_are_counted_and_reported():
+    longest = 1 + max(len(ending) for ending in ITEMS[1].endings)  # with the space before it
     scores = evaluate(tiny_model(vocab_size=257, seq_len=longest), BYTES, ITEMS)
+    table = eval_hellaswag.format_scores(scores)
     assert (scores["truncated_contexts"], scores["truncated_endings"]) == (3, 0)  # "Sport:" still fits
-    assert "3 contexts were longer" in eval_hellaswag.report(scores) and "endings" not in eval_hellaswag.report(scores)
+    assert "3 contexts were longer" in table and "endings" not in table
     scores = evaluate(tiny_model(vocab_size=257, seq_len=longest - 1), BYTES, ITEMS)
     assert (scores["truncated_contexts"], scores["truncated_endings"]) == (3, 1)
     scores = evaluate(byte_model(), BYTES, ITEMS)
     assert (scores["truncated_contexts"], scores["truncated_endings"]) == (0, 0)
-    assert "longer" not in eval_hellaswag.report(scores)
-
-
-def test_an_ending_without_tokens_of_its_own_is_named():
-    with pytest.raises(ValueError, match="item 5: ending 1 has no tokens"):
-        list(scoring.fit(5, [1, 2], [[3], []], seq_len=8))
-
-
-def test_greedy_endings_are_known():
-    """The likeliest token, and then the likeliest after it, is greedy; a likeliest first and unlikeliest second is not."""
-    model, context = byte_model(), [1, 2, 3]
-
-    def likeliest(tokens: list[int]) -> int:
-        return int(model(torch.tensor([tokens]))[0, -1].argmax())
-
-    first = likeliest(context)
-    second = likeliest([*context, first])
-    rows = list(scoring.fit(0, context, [[first, second], [first, second ^ 1], [first ^ 1, 0]], seq_len=8))
-    ((_, _, greedy),) = scoring.score_rows(model, rows)
-    assert greedy == [True, False, False]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_evaluating_leaves_the_mode_of_the_model(training):
-    model = byte_model().train(training)
-    evaluate(model, BYTES, ITEMS)
-    assert model.training is training
+    assert "longer" not in eval_hellaswag.format_scores(scores)
 
 
 def test_acc_takes_the_likeliest_ending_and_acc_norm_the_likeliest_per_character():
     items = [Item("", ["ué", "bbbb", "c", "d"], 1), Item("", ["aa", "bbbb", "c", "d"], 2), Item("", ["a"] * 4, 0)]
-    sums = {0: [-3.0, -4.0, -9.0, -9.0], 1: [-3.0, -4.0, -1.0, -9.0], 2: [-1.0, -1.0, -1.0, -1.0]}
-    n_tokens = {0: [1, 1, 1, 1], 1: [3, 4, 1, 10], 2: [1, 1, 1, 1]}
-    scores = result(items, sums, n_tokens)
-    # acc: 0 is wrong (-3 beats -4), 1 right, 2 a tie that the first wins, as numpy's argmax.
-    # acc_norm: 0 right (-4/4 beats -3/2: characters, not bytes), 1: -1.5 -1 -1 -9 is a tie won by ending 1, wrong.
-    # token mean: 0 wrong, 1: -1 -1 -1 -0.9, wrong.
+    sums = [[-3.0, -4.0, -9.0, -9.0], [-3.0, -4.0, -1.0, -9.0], [-1.0, -1.0, -1.0, -1.0]]
+    n_tokens = [[1, 1, 1, 1], [3, 4, 1, 10], [1, 1, 1, 1]]
+    scores = accuracies(items, sums, n_tokens)
+    # acc: item 0 is wrong (-3 beats -4), 1 right, 2 a tie that the first ending wins, as in numpy's argmax.
+    # acc_norm: item 0 is right (-4/4 beats -3/2: characters, not bytes).
+    # Item 1 (-1.5 -1 -1 -9) is a tie that ending 1 wins: wrong.
+    # Token mean: item 0 is wrong, and so is 1 (-1 -1 -1 -0.9).
     assert [scores[key] for key in ("acc", "acc_norm", "acc_token_mean")] == pytest.approx([2 / 3, 2 / 3, 1 / 3])
     assert scores["acc_stderr"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))
     assert scores["items"][0] == {"index": 0, "label": 1, "logprob_sums": sums[0], "logprob_norms": [-1.5, -1, -9, -9]}
@@ -209,10 +172,10 @@ def test_acc_takes_the_likeliest_ending_and_acc_norm_the_likeliest_per_character
 
 
 def test_one_item_has_no_standard_error():
-    assert result(ITEMS[:1], {0: [-1.0] * 4}, {0: [1] * 4})["acc_stderr"] == 0
+    assert accuracies(ITEMS[:1], [[-1.0] * 4], [[1] * 4])["acc_stderr"] == 0
 
 
-def test_broken_weights_are_refused_instead_of_scoring_a_quarter():
+def test_broken_weights_are_an_error_and_not_a_score_of_one_quarter():
     model = byte_model()
     torch.nn.init.constant_(model.norm.weight, math.nan)
     with pytest.raises(ValueError, match=r"item 0: .* not finite"):
@@ -238,7 +201,7 @@ def test_real_items_score_as_one_forward_pass_per_ending(gpt2):
     scores = evaluate(model, gpt2, items)
     assert 0 < scores["truncated_contexts"] < len(items)
     for item, record in zip(items, scores["items"]):
-        assert record["logprob_sums"] == pytest.approx(one_by_one(model, gpt2, item), abs=1e-3, rel=1e-5)
+        assert record["logprob_sums"] == pytest.approx(score_alone(model, gpt2, item), abs=1e-3, rel=1e-5)
 
 
 def test_all_real_items_are_read():
@@ -255,7 +218,8 @@ def hugging_face(model: Transformer):
     config = LlamaConfig(
         hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, intermediate_size=c.ffn_dim,
         num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size, max_position_embeddings=c.seq_len,
-        rms_norm_eps=1e-6, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        rms_norm_eps=1e-6, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
     )  # fmt: skip
     theirs = LlamaForCausalLM(config).eval()
     weights = {f"model.{k}": v[: c.vocab_size] if "embed" in k else v for k, v in model.state_dict().items()}
@@ -276,7 +240,9 @@ def test_every_item_scores_as_in_lm_eval(gpt2, tmp_path):
     lines = shared("data/hellaswag_val_2000.jsonl").read_text().splitlines()[:24]
     records = [json.loads(line) for line in lines]
     keys = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
-    path = write_lines(tmp_path / "x.jsonl", *({k: r[k] for k in keys} | {"label": str(r["label"])} for r in [*records, trailing]))  # fmt: skip
+    records = [{key: record[key] for key in keys} for record in [*records, trailing]]
+    # The Hub's dataset stores labels as strings.
+    path = write_lines(tmp_path / "x.jsonl", *(record | {"label": str(record["label"])} for record in records))
     model = gpt2_model(60)
     ours = evaluate(model, gpt2, load_items(path))
     assert 0 < ours["truncated_contexts"] < 25  # some contexts must be cut, others not
@@ -288,7 +254,9 @@ def test_every_item_scores_as_in_lm_eval(gpt2, tmp_path):
             "dataset_kwargs": {"data_files": {"validation": str(path)}, "cache_dir": str(tmp_path / "cache")},
             "validation_split": "validation", "process_docs": process_docs, "doc_to_target": "{{label}}",
             "doc_to_choice": "choices", "metadata": {"version": 1.0},
-            "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+            "metric_list": [
+                {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")
+            ],
         }
     )  # fmt: skip
     network = hugging_face(model)
@@ -309,9 +277,9 @@ def test_every_item_scores_as_in_lm_eval(gpt2, tmp_path):
 
 
 def save(run_dir: Path, model: Transformer, step: int) -> None:
-    facts = {"config": {"model": dataclasses.asdict(model.config)}, "tokenizer": BYTES.info(), "metrics": {}}
-    path = checkpoint.path_of(run_dir, step)
-    checkpoint.write(path, {"format": 1, "step": step, "tokens": 0, "model": model.state_dict(), **facts})
+    metadata = {"config": {"model": dataclasses.asdict(model.config)}, "tokenizer": BYTES.info(), "metrics": {}}
+    path = checkpoint.checkpoint_path(run_dir, step)
+    checkpoint.write(path, {"format": 1, "step": step, "tokens": 0, "model": model.state_dict(), **metadata})
 
 
 @pytest.fixture
@@ -324,12 +292,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_command_prints_a_table_and_writes_every_item_and_how_it_came_to_be(folder, capsys):
-    argv = ["--checkpoint=run", "--data=x.jsonl", "--num_examples=2", "--output=s.json"]
-    eval_hellaswag.main(eval_hellaswag.parse(argv))
-    said = capsys.readouterr().out
+def test_the_command_prints_a_table_and_writes_every_item_and_its_settings(folder, capsys):
+    run("--checkpoint", "run", "--data", "x.jsonl", "--num_examples", "2", "--output", "s.json")
+    out = capsys.readouterr().out
     for word in ("step 7", "this checkpoint", "±", "chance", "25.00", "GPT-2 124M", "28.92", "31.14", "items/s"):
-        assert word in said, said
+        assert word in out, out
     scores = json.loads((folder / "s.json").read_text())
     assert {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"} <= scores.keys() and len(scores["items"]) == 2
     assert scores["items"][1].keys() == {"index", "label", "logprob_sums", "logprob_norms"}
@@ -351,82 +318,153 @@ def test_the_command_prints_a_table_and_writes_every_item_and_how_it_came_to_be(
         (["--output=no/such/folder/s.json"], "cannot write no/such/folder/s.json"),
         (["--output=run"], "cannot write run"),
         (["--checkpoint=absent"], "no checkpoint at absent"),
-        (["--device=cuda"], "torch finds no GPU"),
+        (["--all", "--checkpoint=run/checkpoint_step_7.pt"], "--all needs a run directory"),
+        (["--num_mc=4"], "--num_mc has no effect with the chain rule"),
+        (["--likelihood=counts"], "--likelihood has no effect on an autoregressive model"),
+        (["--device=nonsense"], "device 'nonsense' cannot be used here"),
     ],
 )
 def test_a_mistake_is_found_before_the_work(argv, hint, folder, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(eval_hellaswag, "evaluate", lambda *_, **__: pytest.fail("it was scored first"))
+    monkeypatch.setattr(eval_hellaswag, "evaluate", lambda *_: pytest.fail("it was scored first"))
     before = sorted(os.listdir(folder))
     with pytest.raises(ValueError, match=hint):
-        eval_hellaswag.main(eval_hellaswag.parse(["--checkpoint=run", "--data=x.jsonl", *argv]))
+        run("--checkpoint=run", "--data=x.jsonl", *argv)
     assert sorted(os.listdir(folder)) == before
 
 
-COUNTED = """
-import os
-import eval_hellaswag, scoring
-eval_hellaswag.torch.set_num_threads(1)
-scoring.BATCH_TOKENS["cpu"] = 150
-score, calls = scoring.score, []
-scoring.score = lambda *args: calls.append(1) or score(*args)
-eval_hellaswag.main(eval_hellaswag.parse(["--checkpoint=run", "--data=x.jsonl", "--output=two"]))
-eval_hellaswag.Path("passes" + os.environ["RANK"]).write_text(str(len(calls)))
+COUNT_FORWARD_PASSES = """
+import os, sys
+from pathlib import Path
+import torch
+import eval_hellaswag
+from nano416 import scoring
+from nano416.config import parse_config
+torch.set_num_threads(1)
+scoring.CPU_BATCH_TOKENS = 150
+calls = []
+score_batch = scoring.score_batch
+scoring.score_batch = lambda *args: calls.append(1) or score_batch(*args)
+eval_hellaswag.main(parse_config(eval_hellaswag.EvalConfig, ["--checkpoint=run", "--data=x.jsonl", "--output=two"]))
+Path("passes" + os.environ["RANK"]).write_text(str(len(calls)))
 """
 
 
-def test_two_processes_give_the_same_scores_with_as_many_forward_passes(folder, monkeypatch):
-    """To the last bit, because batches do not depend on the number of processes; three batches leave one rank a dummy."""
+def test_two_processes_give_the_same_scores_with_equally_many_forward_passes(folder, monkeypatch):
+    """Scores are equal to the last bit. The number of batches is odd, so that one rank has to fill up with a dummy."""
     records = [{**RECORD, "ctx_a": "A man " + "washes and " * n, "label": n % 4} for n in range(5)]
     items = load_items(write_lines(folder / "x.jsonl", *records))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    group["PYTHONPATH"], both = str(ROOT), []
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = str(listener.getsockname()[1])
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    processes = []
     for rank in "01":
-        environment = os.environ | group | {"RANK": rank, "LOCAL_RANK": rank}
-        both.append(
-            subprocess.Popen([sys.executable, "-c", COUNTED], env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    for process in both:
-        said = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, said
+        env = os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}
+        command = [sys.executable, "-c", COUNT_FORWARD_PASSES]
+        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
     two = json.loads((folder / "two").read_text())
-    monkeypatch.setitem(scoring.BATCH_TOKENS, "cpu", 150)
+    monkeypatch.setattr(scoring, "CPU_BATCH_TOKENS", 150)
     assert two["items"] == evaluate(byte_model(), BYTES, items)["items"] and two["settings"]["processes"] == 2
-    n = len(list(batches_of(list(rows_of(enumerate(items), BYTES, seq_len=96)), 150)))
-    assert n % 2 == 1 and [(folder / f"passes{rank}").read_text() for rank in "01"] == [str((n + 1) // 2)] * 2
+    n_batches = len(list(make_batches(list(pack_items(enumerate(items), BYTES, seq_len=96)), 150)))
+    assert n_batches % 2 == 1
+    assert [(folder / f"passes{rank}").read_text() for rank in "01"] == [str((n_batches + 1) // 2)] * 2
 
 
-def test_all_checkpoints_of_a_run_are_scored_and_drawn(folder, capsys):
+def test_all_checkpoints_of_a_run_are_scored_and_plotted(folder, capsys):
     save(folder / "run", byte_model(seed=1), step=100)
-    eval_hellaswag.main(eval_hellaswag.parse(["--checkpoint=run", "--data=x.jsonl", "--all", "--output=s.json"]))
+    run("--checkpoint=run", "--data=x.jsonl", "--all", "--output=s.json")
     runs = json.loads((folder / "s.json").read_text())["checkpoints"]
     assert [scores["step"] for scores in runs] == [7, 100] and len(runs[1]["items"]) == 3
     assert (folder / "run/hellaswag.png").read_bytes().startswith(b"\x89PNG")
     assert "wrote run/hellaswag.png" in capsys.readouterr().out
 
 
-def scored(*winners: int) -> dict[str, Any]:
-    """Items of label 0 that the ending of these numbers wins."""
-    sums = [[float(i == w) for i in range(4)] for w in winners]
-    return {"items": [{"index": i, "label": 0, "logprob_sums": s, "logprob_norms": s} for i, s in enumerate(sums)]}
+def fake_scores(*predictions: int) -> dict[str, Any]:
+    """An --output file of items with label 0 and these predicted endings."""
+    items = []
+    for index, prediction in enumerate(predictions):
+        logprobs = [float(i == prediction) for i in range(4)]
+        items.append({"index": index, "label": 0, "logprob_sums": logprobs, "logprob_norms": logprobs})
+    return {"items": items}
 
 
 def test_a_comparison_is_paired(folder, capsys):
-    (folder / "a.json").write_text(json.dumps(scored(0, 0, 1, 1)))
-    (folder / "b.json").write_text(json.dumps(scored(0, 1, 0, 0)))
-    eval_hellaswag.main(eval_hellaswag.parse(["--compare", "a.json", "b.json"]))
+    (folder / "a.json").write_text(json.dumps(fake_scores(0, 0, 1, 1)))
+    (folder / "b.json").write_text(json.dumps(fake_scores(0, 1, 0, 0)))
+    run("--compare=a.json,b.json")
     row = capsys.readouterr().out.splitlines()[1].split()
-    # differences 0, -1, 1, 1: mean 1/4, standard deviation 0.957, /sqrt(4)
+    # The differences are 0, -1, 1, 1: mean 1/4, standard deviation 0.957, / sqrt(4).
     assert row == ["acc", "50.00", "75.00", "+25.00", "±", "47.87", "1", "2"]
-    other = scored(0, 0, 0, 0)
+
+
+def test_results_that_cannot_be_compared_are_refused(folder):
+    other = fake_scores(0, 0, 0, 0)
     other["items"][2]["label"] = 3
     with pytest.raises(ValueError, match="differ in label"):
-        eval_hellaswag.compare(scored(0, 0, 0, 0), other)
+        eval_hellaswag.compare(fake_scores(0, 0, 0, 0), other)
+    (folder / "a.json").write_text(json.dumps(fake_scores(0)))
     (folder / "b.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"b\.json is no --output"):
-        eval_hellaswag.main(eval_hellaswag.parse(["--compare", "a.json", "b.json"]))
+    with pytest.raises(ValueError, match=r"b\.json is not an --output file"):
+        run("--compare=a.json,b.json")
+    with pytest.raises(ValueError, match="--compare expects two --output files"):
+        run("--compare=a.json")
+
+
+# ---- Download --------------------------------------------------------------------------------------------------------
+
+
+class Response:
+    """What urlopen returns."""
+
+    def __init__(self, data: bytes):
+        self.data = data
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read(self) -> bytes:
+        return self.data
+
+
+def test_items_are_downloaded_once_and_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = (json.dumps(RECORD) + "\n").encode() * 2
+    monkeypatch.setattr(eval_hellaswag, "urlopen", lambda *_, **__: Response(data))
+    with pytest.raises(ValueError, match="downloaded 2 items instead of 10042"):
+        run("--download")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(eval_hellaswag, "N_VALIDATION", 2)
+    run("--download")
+    assert (tmp_path / "data/hellaswag_val.jsonl").read_bytes() == data
+
+
+def test_without_github_the_items_come_from_the_hub(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(eval_hellaswag, "N_VALIDATION", 3)
+    monkeypatch.setattr(eval_hellaswag, "urlopen", lambda *_, **__: Response(b"<html>Log in</html>"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [RECORD] * 3)
+    run("--download", f"--data={tmp_path / 'x.jsonl'}")
+    assert len(load_items(tmp_path / "x.jsonl")) == 3
+
+
+def test_without_any_network_the_error_says_what_to_do(tmp_path, monkeypatch):
+    import datasets
+
+    def fail(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(eval_hellaswag, "urlopen", fail)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match=r"Rowan/hellaswag.* pass it as --data"):
+        run("--download", f"--data={tmp_path / 'x.jsonl'}")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- Models of transformers ------------------------------------------------------------------------------------------
@@ -453,7 +491,8 @@ def gpt2_fast() -> Any:
     from tokenizers import decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    def cached(url: str) -> str:  # tiktoken names its files by the hash of their address
+    def cached(url: str) -> str:
+        # tiktoken names its files by the hash of their address.
         name = hashlib.sha1(f"https://openaipublic.blob.core.windows.net/gpt-2/{url}".encode()).hexdigest()
         return str(shared(f"tiktoken_cache/{name}"))
 
@@ -464,18 +503,18 @@ def gpt2_fast() -> Any:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_hugging_face_model_scores_as_in_lm_eval_and_as_the_same_network_of_ours(kind, gpt2, tmp_path):
+def test_a_hugging_face_model_scores_as_in_lm_eval_and_as_our_own_network_with_its_weights(kind, gpt2, tmp_path):
     folder = hugging_face_folder(tmp_path / "model", kind, seq_len=40)
     items = load_items(shared("data/hellaswag_val_2000.jsonl"), limit=12)
-    model, tokenizer, meta = eval_hellaswag.load(f"hf:{folder}", torch.device("cpu"))
+    model, tokenizer, metadata = eval_hellaswag.load(f"hf:{folder}", torch.device("cpu"))
     scores = evaluate(model, tokenizer, items)
-    assert 0 < scores["truncated_contexts"] < len(items) and meta["path"] == f"hf:{folder}"
+    assert 0 < scores["truncated_contexts"] < len(items) and metadata["path"] == f"hf:{folder}"
     if kind == "llama":
         expected = [item["logprob_sums"] for item in evaluate(gpt2_model(40), gpt2, items)["items"]]
     else:
         huggingface = lm_eval_module("models.huggingface")
         lm = huggingface.HFLM(pretrained=str(folder), batch_size=8, device="cpu", dtype="float32")
-        expected = theirs_of(lm, items)
+        expected = score_with_harness(lm, items)
     for item, sums in zip(scores["items"], expected, strict=True):
         assert item["logprob_sums"] == pytest.approx(sums, abs=1e-3)
 
@@ -489,7 +528,7 @@ def lm_eval_module(name: str) -> Any:
     return importlib.import_module(f"lm_eval.{name}")
 
 
-def theirs_of(lm: Any, items: list[Item]) -> list[list[float]]:
+def score_with_harness(lm: Any, items: list[Item]) -> list[list[float]]:
     """[item][ending] log-likelihoods that an lm_eval model gives."""
     instance = lm_eval_module("api.instance").Instance
     requests = [
@@ -501,9 +540,9 @@ def theirs_of(lm: Any, items: list[Item]) -> list[list[float]]:
     return [answers[i : i + 4] for i in range(0, len(answers), 4)]
 
 
-def test_a_hugging_face_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+def test_a_missing_hugging_face_model_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"transformers cannot load {tmp_path}"):
         eval_hellaswag.load(f"hf:{tmp_path}", torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="hf: needs a package: pip install transformers"):
+    with pytest.raises(ValueError, match="hf: models need a package: pip install transformers"):
         eval_hellaswag.load(f"hf:{tmp_path}", torch.device("cpu"))

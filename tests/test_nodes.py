@@ -1,4 +1,4 @@
-"""Several machines: the scripts that start them, and a run that goes on while they come and go."""
+"""Several machines: the scripts that start a run on them, and a run that continues while they come and go."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from processes import free_port
 from test_training import losses
 
 import training
-from config import parse_config
+from nano416.config import parse_config
 
 SCRIPTS = ("launch_training.sh", "slurm/train.sbatch", "tests/run.sh")
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("no_plots")]
@@ -37,13 +37,14 @@ SCONTROL = """#!/bin/sh
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_sound(script):
     subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
-    if checker := shutil.which("shellcheck"):
-        subprocess.run([checker, "-x", script], cwd=ROOT, check=True)
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck:
+        subprocess.run([shellcheck, "-x", script], cwd=ROOT, check=True)
 
 
 @pytest.fixture
 def env(tmp_path) -> dict[str, str]:
-    """A virtual environment that needs nothing, and no GPU: one process per machine."""
+    """An environment with a virtual environment that is up to date, for one process per machine."""
     (tmp_path / "env").mkdir()
     shutil.copy(ROOT / "requirements.txt", tmp_path / "env/.nano416-requirements.txt")
     paths = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -51,29 +52,31 @@ def env(tmp_path) -> dict[str, str]:
 
 
 def options(data: Path, run_dir: Path, steps: int, *extra: str) -> list[str]:
-    empty = run_dir.parent / "empty.toml"  # a configuration of one's own: the script fetches no data
-    empty.write_text("")
-    shape = [str(empty), "--dim=32", "--n_layers=2", "--n_heads=2", "--seq_len=32", "--batch_size=4", "--dtype=fp32"]
-    often = ["--log_every=1", "--eval_every=0", "--checkpoint_every=0", "--sample_every=0", "--save_interval=1"]
-    own = [f"--sources={data}", f"--run_dir={run_dir}", f"--max_steps={steps}", "--hellaswag=none"]
-    rate = ["--optimizer=adamw", "--max_lr=1e-3", "--schedule=constant", "--warmup_frac=0", "--batch_tokens=512"]
-    return [*shape, *often, *own, *rate, *extra]
+    # With a config file of the user's the script fetches no data.
+    config_file = run_dir.parent / "empty.toml"
+    config_file.write_text("")
+    shape = ["--dim=32", "--n_layers=2", "--n_heads=2", "--seq_len=32", "--batch_size=4", "--dtype=fp32"]
+    often = ["--log_every=1", "--eval_every=0", "--checkpoint_every=0", "--sample_tokens=0", "--save_interval=1"]
+    paths = [f"--sources={data}", f"--run_dir={run_dir}", "--hellaswag=none"]
+    optim = ["--optimizer=adamw", "--max_lr=1e-3", "--schedule=constant", "--warmup_frac=0", "--batch_tokens=512"]
+    return [str(config_file), *shape, *often, *paths, *optim, f"--max_steps={steps}", *extra]
 
 
-def alone(data: Path, run_dir: Path, steps: int, *extra: str) -> dict[int, float]:
-    training.main(parse_config(training.Config, options(data, run_dir, steps, *extra)))
+def undisturbed_losses(data: Path, run_dir: Path, steps: int) -> dict[int, float]:
+    """Loss by step of one process."""
+    training.main(parse_config(training.Config, options(data, run_dir, steps)))
     return losses(run_dir)
 
 
-def wait_until(is_so: Callable[[], bool], process: subprocess.Popen, patience_s: float = 200) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, patience_s: float = 200) -> None:
     deadline = time.monotonic() + patience_s
-    while not is_so():
+    while not condition():
         assert process.poll() is None, f"it ended with {process.returncode}"
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.2)
 
 
-def said(run_dir: Path) -> str:
+def train_log(run_dir: Path) -> str:
     path = run_dir / "train.log"
     return path.read_text() if path.exists() else ""
 
@@ -92,16 +95,18 @@ def test_a_slurm_job_saves_before_its_time_limit_and_queues_again(data, tmp_path
         *options(data, tmp_path / "run", 100, "--parallel=hsdp"),
     ]
     job = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: "step   5/" in said(tmp_path / "run"), job)
+    wait_until(lambda: "step   5/" in train_log(tmp_path / "run"), job)
     job.send_signal(signal.SIGUSR1)
     _, error = job.communicate(timeout=150)
-    assert job.returncode == 0 and "stopped by SIGUSR1" in said(tmp_path / "run"), error[-2000:]
+    assert job.returncode == 0, error[-2000:]
+    assert "stopped by SIGUSR1" in train_log(tmp_path / "run")
     assert (tmp_path / "requeued").read_text().strip() == env["SLURM_JOB_ID"]
     (tmp_path / "requeued").unlink()
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0 and "done: 100 steps" in said(tmp_path / "run"), done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "done: 100 steps" in train_log(tmp_path / "run")
     assert not (tmp_path / "requeued").exists()
-    assert losses(tmp_path / "run") == pytest.approx(alone(data, tmp_path / "one", 100), abs=1e-4)
+    assert losses(tmp_path / "run") == pytest.approx(undisturbed_losses(data, tmp_path / "one", 100), abs=1e-4)
 
 
 @pytest.fixture
@@ -109,18 +114,18 @@ def machines() -> Iterator[list[str]]:
     """Two network namespaces with a cable between them: 10.41.6.1 and 10.41.6.2. Needs root."""
     names = [f"nano416-{os.getpid()}-{n}" for n in (1, 2)]
 
-    def ip(*words: str) -> int:
-        return subprocess.run(["ip", *words], capture_output=True).returncode
+    def ip(*arguments: str) -> int:
+        return subprocess.run(["ip", *arguments], capture_output=True).returncode
 
     if not shutil.which("ip") or any(ip("netns", "add", name) for name in names):
         pytest.skip("network namespaces need root and iproute2")
     try:
-        wired = ip("-n", names[0], "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", names[1])
-        if wired:
+        if ip("-n", names[0], "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", names[1]):
             pytest.skip("this machine has no veth")
         for number, name in enumerate(names, 1):
             assert not ip("-n", name, "addr", "add", f"10.41.6.{number}/30", "dev", "wire")
-            assert not ip("-n", name, "link", "set", "wire", "up") and not ip("-n", name, "link", "set", "lo", "up")
+            assert not ip("-n", name, "link", "set", "wire", "up")
+            assert not ip("-n", name, "link", "set", "lo", "up")
         yield names
     finally:
         for name in names:
@@ -130,9 +135,9 @@ def machines() -> Iterator[list[str]]:
 
 def kill_machine(name: str) -> None:
     """SIGKILL to every process in a network namespace, as if its power were cut."""
-    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
-    for pid in map(int, found.split()):
-        os.kill(pid, signal.SIGKILL)
+    pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
+    for pid in pids.split():
+        os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -149,22 +154,24 @@ def test_a_machine_dies_and_comes_back_and_the_run_is_the_same(data, tmp_path, e
         return subprocess.Popen(inside, env=env | shared | own, stdout=output, stderr=output)
 
     def log_has(text: str) -> Callable[[], bool]:
-        return lambda: text in said(tmp_path / "run")
+        return lambda: text in train_log(tmp_path / "run")
 
     first, second = start(0), start(1)
-    wait_until(lambda: bool(list((tmp_path / "run").glob("temporary_step_*.pt"))), first)  # or it would begin anew
-    assert "2 x cpu" in said(tmp_path / "run")
+    # Without a checkpoint the run would start over.
+    wait_until(lambda: bool(list((tmp_path / "run").glob("temporary_step_*.pt"))), first)
+    assert "2 x cpu" in train_log(tmp_path / "run")
     kill_machine(machines[1])
     second.wait()
     wait_until(log_has("processes: 2 -> 1"), first)
     second = start(1)
     wait_until(log_has("processes: 1 -> 2"), first)
-    back = max(losses(tmp_path / "run"))
-    wait_until(lambda: max(losses(tmp_path / "run")) > back + 5, first)
+    rejoined_at = max(losses(tmp_path / "run"))
+    wait_until(lambda: max(losses(tmp_path / "run")) > rejoined_at + 5, first)
     (tmp_path / "stop").touch()
     assert first.wait(timeout=120) == 0 and second.wait(timeout=120) == 0, (tmp_path / "0.log").read_text()[-3000:]
-    found = losses(tmp_path / "run")
-    undisturbed = alone(data, tmp_path / "one", len(found))
-    assert found.keys() == undisturbed.keys(), "every step once"
-    worst = max(abs(found[step] - undisturbed[step]) for step in found)
-    assert worst < (1e-4 if len(found) < 300 else 1e-2), f"{worst} after {len(found)} steps"
+    disturbed = losses(tmp_path / "run")
+    undisturbed = undisturbed_losses(data, tmp_path / "one", len(disturbed))
+    assert disturbed.keys() == undisturbed.keys(), "every step once"
+    worst = max(abs(disturbed[step] - undisturbed[step]) for step in disturbed)
+    # Rounding errors grow with the number of steps.
+    assert worst < (1e-4 if len(disturbed) < 300 else 1e-2), f"{worst} after {len(disturbed)} steps"

@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 from test_training import arguments, losses, same_weights
 
-import checkpoint
-import config
 import data_pipeline
-import metrics
 import training
+from nano416 import checkpoint, config, metrics
 
 KILLS, STEPS, INTERVAL = 200, 1000, 20
 OPTIONS = [f"--max_steps={STEPS}", f"--checkpoint_every={INTERVAL * 10}", "--eval_every=1000", "--save_interval=0.1"]
@@ -46,7 +44,7 @@ def steps_done(run_dir: Path) -> int:
 def test_a_run_that_is_killed_200_times_ends_as_the_undisturbed_one(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "plot", lambda *_: None)
     data = tmp_path / "data"
-    data_pipeline.sample(data)
+    data_pipeline.sample(data_pipeline.SampleConfig(str(data)))
     reference = tmp_path / "undisturbed"
     os.waitpid(fork_a_run(data, reference), 0)
     dice, run_dir = random.Random(416), tmp_path / "killed-0"

@@ -1,0 +1,1 @@
+"""What the five scripts share. Run commands from the folder above: python training.py, python -m tools.NAME."""
