@@ -151,6 +151,7 @@ def load(path: str, cfg: ChatConfig) -> LoadedModel:
     tokenizer = load_tokenizer(metadata["tokenizer"])
     dtype = cfg.dtype or ("fp32" if device.type == "cpu" else "bf16")
     quantize_(model, dtype)
+    # The best number of threads depends on the model and the machine. A number that the user has set is kept.
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A step of masked diffusion processes the whole text, a step of decoding one token.
         n_tokens = 1 if model.config.causal else min(64, model.config.seq_len)
@@ -328,6 +329,7 @@ def bench_diffusion(loaded: LoadedModel, prompt: list[int], cfg: ChatConfig) -> 
 
 
 def bench(session: Session, argument: str) -> None:
+    # At least two tokens: the first one counts as prefill.
     cfg = replace(session.cfg, max_tokens=max(2, min(session.cfg.max_tokens, BENCH_TOKENS)))
     for loaded in session.models:
         print(loaded)
@@ -364,6 +366,7 @@ def compare(session: Session, argument: str) -> None:
     for loaded in session.models:
         print(loaded, flush=True)
         if loaded.is_diffusion:
+            # An autoregressive model with the same tokenizer is the better judge: few models object to their own text.
             others = [m for m in session.models if not m.is_diffusion and m.tokenizer.name == loaded.tokenizer.name]
             compare_steps(loaded, prompt, cfg, judge=others[0] if others else loaded)
         else:

@@ -64,6 +64,9 @@ class ShardWriter:
         new_progress = {"job": dict(job), "shards": [], "position": Position()}
         self.progress: dict[str, Any] = read_progress(folder, job) or new_progress
         self.is_finished = (folder / "meta.json").exists()
+        # Left by runs that were killed while writing. Nobody else writes here: the caller holds the folder's lock.
+        for path in folder.glob(".*.[0-9]*.tmp"):
+            path.unlink()
         self.split = ""
         self._buffer = np.empty(shard_tokens, token_dtype(tokenizer["vocab_size"]))
         self._filled = 0
@@ -311,6 +314,7 @@ def write_splits(
             writer.add("train", tokens[val_end:], Position(chunk.file, chunk.record, val_end))
             skipped["empty"] += n_empty
             skipped["faulty"] += len(faults)
+            # Twenty are enough to see what is wrong with a source.
             skipped["first"] += messages[: 20 - len(skipped["first"])]
             bar.update(bytes_before[chunk.file] + chunk.bytes_read - bar.n)
             bar.set_postfix_str(f"{len(writer.progress['shards'])} shards")
@@ -385,6 +389,7 @@ def announce_shards(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"num_shards={num_shards}, but {repo} has {len(train_files)} train and {len(val_files)} val shards"
         )
+    # In the order of the download: the val shard first, which training needs from the start.
     shards = []
     for split, split_files in (("val", val_files), ("train", train_files[:num_shards])):
         for number, file in enumerate(split_files):
@@ -486,6 +491,7 @@ def sample_documents() -> tuple[list[str], list[str]]:
     """(train, val) topics: about 1 in 15 validates, chosen by the hash of its name."""
     from pydoc_data.topics import topics
 
+    # By a hash, so that a topic is in the same split with every version of Python.
     names = sorted(topics)
     val_names = {name for name in names if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 15 == 0}
     val = [topics[name] for name in names if name in val_names]

@@ -227,6 +227,7 @@ def accuracies(items: list[Item], logprobs: list[list[float]], n_tokens: list[li
             n_right[rule] += values.index(max(values)) == item.label
         records.append({"index": index, "label": item.label, "logprob_sums": sums, "logprob_norms": norms})
     n = len(items)
+    # Standard error of the mean with n - 1 degrees of freedom, as in lm-evaluation-harness.
     scores: dict[str, Any] = {"num_examples": n}
     for rule in RULES:
         accuracy = n_right[rule] / n
@@ -315,7 +316,8 @@ class HuggingFaceModel(nn.Module):
         super().__init__()
         self.network = network
         config: Any = network.config
-        # The names that lm-evaluation-harness tries, in the same order, so that both truncate alike.
+        # The names that lm-evaluation-harness tries, in the same order, so that both truncate alike;
+        # 2048 is its default as well.
         names = ("n_positions", "max_position_embeddings", "n_ctx")
         seq_len = next((getattr(config, name) for name in names if hasattr(config, name)), 2048)
         self.config = SimpleNamespace(seq_len=seq_len)
@@ -439,6 +441,7 @@ def main(cfg: EvalConfig) -> None:
     dist = distributed.init()
     if dist.is_main and cfg.data == DATA and not Path(DATA).exists():
         download(DATA)
+    # The other ranks wait for rank 0's download.
     distributed.barrier()
     items = load_items(cfg.data, cfg.num_examples)
     runs = [score_checkpoint(path, items, cfg, dist) for path in paths]

@@ -87,6 +87,8 @@ esac
 
 stage="training"
 say "training: $processes process(es), $gpus GPU(s) visible"
+# On shared cores, threads that spin long at a barrier keep the last one from arriving (EXPERIMENTS.md).
+[ "$gpus" -gt 0 ] || export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or a restarted worker finds the dead one's keys (pytorch#167288)
 if [ "$processes" -eq 1 ] && [ "$nodes" = 1 ]; then

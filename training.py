@@ -322,7 +322,7 @@ def build_model(cfg: Config, dist: Dist, log: RunLog) -> Transformer:
         check_same_model(source, cfg, path)
         checkpoint.load_weights(model, checkpoint.inference_weights(source, path), path)
         log.info(f"weights from {path}")
-    distributed.apply_ac(model, cfg.train.recompute)
+    distributed.apply_ac(model, cfg.train.recompute, has_dropout=cfg.ablation.attention_dropout > 0)
     if uses_compile(cfg, dist.device):
         # torch 2.11-2.13 has no public name for this setting.
         functorch_config.activation_memory_budget = cfg.train.activation_memory_budget

@@ -340,6 +340,7 @@ class CheckpointWriter:
 
         step: number of completed optimizer steps. metadata: tokens, config, tokenizer and metrics.
         """
+        # The thread may still be reading the buffers that this save overwrites.
         self.wait()
         if distributed.rank() == 0:
             self._remove_leftovers()
@@ -381,6 +382,7 @@ class CheckpointWriter:
         self._start(path, lambda: sharded_checkpoint.finish_save(saving, path, checkpoint, is_main))
 
     def _start(self, path: Path, write_it: Callable[[], None]) -> None:
+        # Not a daemon: when training ends, Python waits until the checkpoint is written.
         self._thread = threading.Thread(target=self._run, args=(path, write_it), name="checkpoint")
         self._thread.start()
 
@@ -393,7 +395,7 @@ class CheckpointWriter:
                 self._prune(path)
         except Exception as error:
             # A run of hours must survive a full disk.
-            # The first cause counts: torch.save (2.13) hides "No space left on device" behind "unexpected pos 6016 vs 5910".
+            # Report the first cause: torch.save (2.13) hides "No space left on device" behind "unexpected pos 6016".
             cause: BaseException = error
             while cause.__context__ is not None:
                 cause = cause.__context__

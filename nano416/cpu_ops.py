@@ -139,10 +139,10 @@ _linear_cross_entropy.register_autograd(_backward, setup_context=_save_gradients
 
 
 class PackedLinear(nn.Module):
-    """A bf16 linear layer whose weight [out, in] is kept in oneDNN's own layout.
+    """A linear layer in bf16 or fp32 whose weight [out, in] is kept in oneDNN's own layout.
 
-    Decoding multiplies one row at a time. On one core of an EPYC the packed weight is read at 36 GB/s, the plain one at
-    16 GB/s; fp32 gains nothing.
+    Decoding multiplies one row at a time. On 2 cores of an EPYC a packed [50304, 768] head is read at 25 GB/s, the
+    plain one at 18 GB/s in bf16 and 13 in fp32; a 105M-parameter model decodes 1.6 times as fast in fp32.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -153,10 +153,12 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else bias.to(weight.dtype)
 
     @staticmethod
-    def is_supported() -> bool:
-        """True if oneDNN multiplies bf16 on this processor."""
+    def is_supported(dtype: torch.dtype) -> bool:
+        """True if oneDNN multiplies this type on this processor."""
+        if not torch.backends.mkldnn.is_available():
+            return False
         # Private in torch 2.11 to 2.13: there is no public question about bf16.
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")

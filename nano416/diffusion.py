@@ -114,6 +114,7 @@ def mask_batch(batch: Batch, cfg: DiffusionConfig, mask_id: int, seed: int, batc
     # The network predicts the tokens themselves, not the next ones, so the batch's own targets are not needed.
     tokens = batch.tokens  # [B, T]
     T = tokens.shape[1]
+    # Four numbers decide for the whole sequence, the other T for one token each.
     noise = uniform_noise(batch.sequence_ids, 4 + T, seed, tokens.device)
     t, suffix_draw, length_draw, length = noise[:, :4, None].unbind(1)  # [B, 1] each
     if cfg.stratified:
@@ -182,6 +183,7 @@ def sample_masks(
         # At level 0 nothing is masked; the floor only avoids 0/0.
         return masked, masked / (np.maximum(levels, 1e-12)[:, None] * cfg.num_mc)
     k = 1 + (levels * n).astype(int)[:, None]  # [K, 1]
+    # The second argsort turns the order into ranks: the k tokens with the smallest draws are masked.
     masked = draws.argsort(1).argsort(1) < k
     return masked, masked / (k / n * cfg.num_mc)
 
@@ -191,7 +193,8 @@ def nelbo(model: Transformer, tokens: Tensor, first_id: int, num_mc: int) -> Ten
     """Estimate an upper bound on the negative log-likelihood of tokens [B, T], summed over all rows, in nats.
 
     Positions with IGNORE_INDEX, at the end of a row, are padding: neither read nor scored. Row i is sequence
-    first_id + i of the validation data, which determines its masks. Noise levels are spread evenly over sequences and draws.
+    first_id + i of the validation data, which determines its masks. Noise levels are spread evenly over sequences and
+    draws.
     """
     is_real = tokens != IGNORE_INDEX
     counts = LikelihoodConfig("counts", num_mc)

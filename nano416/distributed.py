@@ -172,6 +172,7 @@ def _local_device(local_rank: int) -> torch.device:
             f"{torch.cuda.device_count()} visible GPUs; lower --nproc_per_node"
         )
     device = torch.device("cuda", local_rank)
+    # Calls that name no device, such as torch.cuda.synchronize(), mean the current GPU.
     torch.cuda.set_device(device)
     return device
 
@@ -196,6 +197,7 @@ def silent_ranks(patience_s: float = 5.0) -> str:
     if _dist.store is None:
         return "a rank was late"
     _dist.store.set(f"nano416/alive/{rank()}", "yes")
+    # The other living ranks may notice the failure a little later.
     time.sleep(patience_s)
     silent = [str(other) for other in range(world_size()) if not _dist.store.check([f"nano416/alive/{other}"])]
     return f"rank {', '.join(silent)} does not answer" if silent else "a rank was late"
@@ -278,19 +280,20 @@ def apply_tp(block: Any, mesh: DeviceMesh) -> None:
 
 
 def _to_dtensor(placement: Shard | Replicate) -> Callable:
+    # run_check would make the ranks communicate in every call.
     return lambda module, inputs, mesh: DTensor.from_local(inputs[0], mesh, [placement], run_check=False)
 
 
-def apply_ac(model: Any, policy: Recompute) -> None:
+def apply_ac(model: Any, policy: Recompute, has_dropout: bool = False) -> None:
     """Activation checkpointing, in place: keep less of each block for the backward pass and recompute the rest.
 
     full: keep only the block's input, for a third more compute. selective: also keep the results of matmuls and
-    attention, so that only cheap operations run twice (arXiv:2205.05198).
+    attention, so that only cheap operations run twice (arXiv:2205.05198). has_dropout: blocks draw random numbers,
+    which must be the same the second time.
     """
     if policy == "none":
         return
-    # Nothing in a block draws random numbers.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout}
     if policy == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
     for block in model.layers:
@@ -364,6 +367,7 @@ def distribute_like(full: Tensor, like: Tensor) -> Tensor:
     """A copy of a full tensor that all ranks hold, on the device and with the sharding of `like`."""
     copy = full.detach().to(like.device, copy=True)
     if isinstance(like, DTensor):
+        # None: no communication, since each rank has the full tensor to cut its shard from.
         return distribute_tensor(copy, like.device_mesh, like.placements, src_data_rank=None)
     return copy
 
@@ -478,6 +482,7 @@ def shard_list(items: list, filler: Any) -> list:
 def exchange(tensor: Tensor, other: int) -> Tensor:
     """Send a tensor to another rank and return the one of the same shape that it sends."""
     received = torch.empty_like(tensor)
+    # Both at once: two ranks that first send and then receive would wait for each other.
     requests = torch_dist.batch_isend_irecv(
         [torch_dist.P2POp(torch_dist.isend, tensor, other), torch_dist.P2POp(torch_dist.irecv, received, other)]
     )

@@ -66,6 +66,7 @@ class Encoder:
         self.eot = np.array([self.tokenizer.eot_id], np.uint32)
 
     def __call__(self, chunk: Chunk) -> Encoded:
+        # Not empty, because np.concatenate needs at least one array.
         arrays = [np.zeros(0, np.uint32)]
         n_empty = 0
         faults = []
@@ -188,6 +189,7 @@ def encode_chunks(chunks: Iterator[Chunk], options: EncoderOptions, workers: int
     try:
         for chunk in chunks:
             pending.append((chunk._replace(records=[]), pool.submit(_encode_in_worker, options, chunk)))
+            # Enough chunks to keep the other workers busy while the oldest one is still being encoded.
             if len(pending) > 8 * workers:
                 oldest, future = pending.popleft()
                 yield oldest, future.result()

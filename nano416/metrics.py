@@ -308,6 +308,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         summary |= row
     val_losses = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
     summary["best_val_loss"] = min(val_losses, default=None)
+    # The median, because single rows may be slow, such as one that includes compilation.
     for key in ("tokens_per_s", "mfu"):
         values = [row[key] for row in rows if row.get(key) is not None]
         if values:

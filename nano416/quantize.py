@@ -59,7 +59,7 @@ def quantize_(model: Transformer, dtype: str) -> Transformer:
     on_cpu = model.norm.weight.device.type == "cpu"
     if dtype == "bf16":
         model.to(torch.bfloat16)
-    if dtype == "int8" or (dtype == "bf16" and on_cpu and cpu_ops.PackedLinear.is_supported()):
+    if dtype == "int8" or (on_cpu and cpu_ops.PackedLinear.is_supported(model.norm.weight.dtype)):
         head = model.embed_tokens if model.lm_head is None else model.lm_head
         for block in model.layers:
             for module in list(block.modules()):
@@ -76,7 +76,7 @@ def quantize_(model: Transformer, dtype: str) -> Transformer:
 
 def inference_linear(weight: Tensor, bias: Tensor | None, dtype: str) -> nn.Module:
     """The linear layer that replaces an nn.Linear of this weight."""
-    if dtype == "bf16":
+    if dtype != "int8":
         return cpu_ops.PackedLinear(weight, bias)
     if weight.device.type == "cpu" and cpu_ops.Int8PackedLinear.is_supported():
         return cpu_ops.Int8PackedLinear(*quantize_int8(weight), bias)

@@ -201,7 +201,7 @@ def score_batch(model: Transformer, rows: list[Row], device: torch.device) -> tu
     logprobs = torch.cat([result[0] for result in results]).flatten()  # [U * W]
     is_best = torch.cat([result[1] for result in results]).flatten()  # [U * W]
 
-    # The last sum collects the unused targets, which no ending owns.
+    # In fp64, since the rounding errors of long endings would add up. The last sum collects the unused targets.
     n_endings = sum(len(row.endings) for row in rows)
     owners = batch.owners.flatten()
     sums = torch.zeros(n_endings + 1, dtype=torch.float64, device=device).index_add_(0, owners, logprobs.double())

@@ -124,6 +124,7 @@ def read_chunks(paths: list[str], text_key: str, start: Position = START) -> Ite
         try:
             with fs.open(name, "rb") as raw:
                 for chunk in _read_file(raw, paths[file], text_key, first_record):
+                    # The position in the compressed file, because a progress bar knows only its size.
                     yield chunk._replace(file=file, bytes_read=raw.tell())
         except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
             # An error number means that the disk or the network failed and the file may be sound.

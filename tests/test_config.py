@@ -231,7 +231,7 @@ def test_a_json_file_must_be_an_object(tmp_path):
 
 
 def test_file_only_and_retired_options_are_read_from_files(tmp_path):
-    path = write_toml(tmp_path, "[shape]\nepsilon = 1e-5\ndepth = 12\nrate = \"none\"\nschedule = \"cosine\"\n")
+    path = write_toml(tmp_path, '[shape]\nepsilon = 1e-5\ndepth = 12\nrate = "none"\nschedule = "cosine"\n')
     assert parse_config(Run, [path]) == Run(shape=Shape(epsilon=1e-5))
 
 

@@ -438,6 +438,9 @@ def test_prepare_killed_at_renames_ends_with_the_same_bytes(source, tmp_path, mo
             replace(old, new)
 
     monkeypatch.setattr(os, "replace", deadly)
+    (tmp_path / "killed").mkdir()
+    # What SIGKILL leaves of a file that another process was writing.
+    (tmp_path / "killed" / ".train_000000.bin.1.tmp").write_bytes(b"half a shard")
     for _ in range(400):
         try:
             prepare(source, tmp_path / "killed", **options)

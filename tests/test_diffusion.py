@@ -368,8 +368,16 @@ def test_ranks_split_the_items_and_make_equally_many_forward_passes(monkeypatch)
     rows = list(eval_hellaswag.pack_items(enumerate(ITEMS), tokenizer, 31))
     passes = []
     scores = []
+    announced = []
     hidden = model.hidden
-    for rank in range(3):
+
+    def all_reduce_max(values: list[int]) -> list[int]:
+        announced.extend(values)
+        return [max(announced)]
+
+    monkeypatch.setattr(eval_hellaswag.distributed, "all_reduce_max", all_reduce_max)
+    # The ranks run one after another. In the second round all have announced their number of passes.
+    for rank in (0, 1, 2, 0, 1, 2):
         monkeypatch.setattr(eval_hellaswag.distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(eval_hellaswag.distributed, "world_size", lambda: 3)
         passes.append(0)
@@ -379,9 +387,14 @@ def test_ranks_split_the_items_and_make_equally_many_forward_passes(monkeypatch)
             return hidden(*args, **options)
 
         monkeypatch.setattr(model, "hidden", count)
-        scores += score_rows(model, rows)
-    assert len(set(passes)) == 1 and passes[0] > 0
-    sums = {(row.item, row.first + i): value for row, values, _ in scores for i, value in enumerate(values)}
+        scores.append(score_rows(model, rows))
+    assert len(set(passes[3:])) == 1 and passes[3] > 0
+    sums = {
+        (row.item, row.first + i): value
+        for part in scores[3:]
+        for row, values, _ in part
+        for i, value in enumerate(values)
+    }
     assert sums == {(n, i): value for n, item in enumerate(expected) for i, value in enumerate(item["logprob_sums"])}
 
 

@@ -200,6 +200,19 @@ def test_activation_checkpointing_gives_the_same_gradients_from_less_memory():
         assert all(torch.equal(a, b) for a, b in zip(grads[policy], grads["none"], strict=True))
 
 
+def test_activation_checkpointing_repeats_the_dropout_of_the_forward_pass():
+    tokens = torch.randint(0, 97, (4, 32), generator=torch.Generator().manual_seed(0))
+    grads = {}
+    for policy in get_args(distributed.Recompute):
+        model = tiny_model(seq_len=32).train()
+        distributed.apply_ac(model, policy, has_dropout=True)
+        torch.manual_seed(1)
+        model(tokens, tokens, attention_dropout=0.5).backward()
+        grads[policy] = [p.grad for p in model.parameters()]
+    for policy in ("selective", "full"):
+        assert all(torch.equal(a, b) for a, b in zip(grads[policy], grads["none"], strict=True))
+
+
 # ---- What each rank holds --------------------------------------------------------------------------------------------
 
 MODEL = """

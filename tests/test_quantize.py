@@ -16,7 +16,9 @@ from nano416.quantize import CompiledDecoder, Int8Linear, quantize_, quantize_in
 GREEDY = Sampling(temperature=0)
 LOOP = [5, 80, 33, 7, 9, 11] * 3
 
-needs_bf16 = pytest.mark.skipif(not PackedLinear.is_supported(), reason="this CPU has no bf16 instructions")
+needs_bf16 = pytest.mark.skipif(
+    not PackedLinear.is_supported(torch.bfloat16), reason="this CPU has no bf16 instructions"
+)
 needs_fbgemm = pytest.mark.skipif(not Int8PackedLinear.is_supported(), reason="this CPU has no int8 kernel")
 
 
@@ -36,7 +38,7 @@ def linear_layers(model: Transformer) -> set[type]:
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without fast kernels, so that models get the layers that a GPU has."""
     monkeypatch.setattr(Int8PackedLinear, "is_supported", lambda: False)
-    monkeypatch.setattr(PackedLinear, "is_supported", lambda: False)
+    monkeypatch.setattr(PackedLinear, "is_supported", lambda dtype: False)
 
 
 # ---- The compiled decoder --------------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ def test_converted_weights_give_nearly_the_same_logits(dtype: str, tied: bool, t
 @needs_fbgemm
 def test_a_cpu_gets_the_layers_that_its_processor_is_fast_with() -> None:
     model = tiny_model()
-    assert linear_layers(converted(model, "fp32")) == {torch.nn.Linear}
+    assert linear_layers(converted(model, "fp32")) == {PackedLinear}
     assert linear_layers(converted(model, "bf16")) == {PackedLinear}
     assert linear_layers(converted(model, "int8")) == {Int8PackedLinear}
 

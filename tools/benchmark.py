@@ -221,6 +221,7 @@ def serve_rounds(pipe: Any, build: Callable[[Workload], Trainee], work: Workload
     torch.set_float32_matmul_precision("high")
     batches = zipf_batches(work)
     try:
+        # Peers print while they are built.
         with contextlib.redirect_stdout(io.StringIO()):
             trainee = build(work)
         if trainee.compile:
@@ -394,6 +395,7 @@ def decode(cfg: DecodeBenchmark) -> None:
     methods: dict[str, Callable[[], list[int]]] = {}
     losses = {"fp32": validation_loss(model, cfg.source)}
     for dtype in ("bf16", "int8"):
+        # A copy, because quantize_ changes its model.
         ready = quantize.quantize_(copy.deepcopy(model), dtype)
         losses[dtype] = validation_loss(ready, cfg.source)
         decoder = quantize.CompiledDecoder(ready).decode if device.type == "cuda" else decode_cached
@@ -497,6 +499,7 @@ def harness_methods(
     metadata = {"config": {"model": asdict(model.config)}, "tokenizer": tokenizer.info(), "step": 0, "tokens": 0}
     state = {"format": checkpoint.FORMAT, **metadata, "model": model.state_dict()}
     checkpoint.write(folder / "model.pt", state)
+    # As a command, because tools do not import each other.
     export = [sys.executable, "-m", "tools.convert_hf", "export", str(folder / "model.pt"), str(folder / "llama")]
     subprocess.run(export, cwd=ROOT, check=True, capture_output=True)
     pairs = [(item.context, f" {ending}") for item in items for ending in item.endings]
@@ -539,6 +542,7 @@ def data(cfg: DataBenchmark) -> None:
         folder = Path(name)
         source = cfg.source or write_sample_text(folder / "text.jsonl.gz", cfg.megabytes)
         prepare(source, folder / "shards", False)
+        # Read back from the shards, so that all methods encode the same text.
         documents = read_documents(folder / "shards")
         parts = [documents[i::n_cores] for i in range(n_cores)]
         methods = {
@@ -624,6 +628,7 @@ def checkpoint_(cfg: CheckpointBenchmark) -> None:
     device = devices.pick_device(cfg.device)
     model = Transformer(ModelConfig(dim=512, n_layers=8, n_heads=8, vocab_size=GPT2_VOCAB, seq_len=256)).to(device)
     optimizer = optimizers.build_optimizer(model, optimizers.OptimConfig())
+    # One step, so that the optimizer has a state to save.
     tokens = torch.randint(0, GPT2_VOCAB, (1, 64), device=device)
     model(tokens, tokens).backward()
     optimizer.step()

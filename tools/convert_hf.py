@@ -17,6 +17,7 @@ import importlib.util
 import itertools
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -340,8 +341,8 @@ def import_(cfg: ImportConfig) -> None:
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write(out, state)
     write_json(config_file, {"model": to_dict(config)})
-    print(f"python chat.py {out}")
-    print(f"python training.py {config_file} --init_from={out}")
+    print(f"python chat.py {shlex.quote(str(out))}")
+    print(f"python training.py {shlex.quote(str(config_file))} --init_from={shlex.quote(str(out))}")
 
 
 def find_folder(source: str) -> Path:

@@ -103,6 +103,7 @@ def hash_word(word: bytes) -> int:
 def hash_ngrams(word_hashes: np.ndarray, n: int) -> np.ndarray:
     """One uint64 hash per n consecutive words: a polynomial in their hashes."""
     count = max(0, len(word_hashes) - n + 1)
+    # Modulo 2^64: the products are meant to overflow.
     hashes = np.zeros(count, np.uint64)
     for k in range(n):
         hashes = hashes * MULTIPLIER + word_hashes[k : k + count]

@@ -253,6 +253,7 @@ class Budget:
         if self.flops:
             return self.flops / 6 / shape.num_params()
         if self.gpu_hours:
+            # A GPU also computes attention, which C = 6 N D leaves out.
             return self.gpu_hours * self.flops_per_gpu_hour / shape.flops_per_token()
         if self.tokens:
             return self.tokens
@@ -507,6 +508,7 @@ def fit_law(points: Sequence[Point], start: Law | None = None) -> Law:
     new = [p for p in points if p.is_new]
     repeated = [p for p in points if not p.is_new]
     n_sizes = len({p.params for p in new})
+    # In thousands: runs of the same length differ by parts of a batch.
     n_token_counts = len({round(p.tokens, -3) for p in new})
     if len(new) < 6 or min(n_sizes, n_token_counts) < 3 or len({p.loss for p in new}) < 3:
         raise ValueError(
@@ -861,6 +863,7 @@ def step_cost(
         for size in (2 * N, 2 * N, 4 * N):
             cost += network.all_gather(size, n_shards, n_calls, local)
     cost += network.all_reduce(grad_bytes, gpus // n_shards, n_calls, max(1, local // n_shards))
+    # 16 bytes per parameter in fp32: weight, gradient and two moments.
     return 16 * N / n_shards + weight_bytes, cost[0], cost[1]
 
 
