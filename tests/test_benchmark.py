@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import shared, tiny_model
 
 from nano416 import checkpoint, config, devices
 from nano416.generate import Sampling, generate
@@ -114,13 +114,15 @@ def test_checkpoint_prints_a_row_for_each_way_to_save(tmp_path):
 
 
 @pytest.mark.slow
-def test_data_prints_a_row_for_each_method(tmp_path):
+def test_data_prints_a_row_for_each_method(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken_cache")))
     rows = table_of(benchmark.data, tmp_path, "data", "--megabytes=1", "--rounds=1")
     assert {"prepare, tiktoken", "prepare, fast encoder", "TokenLoader"} <= set(rows)
 
 
 @pytest.mark.slow
-def test_hellaswag_methods_agree(items, tmp_path):
+def test_hellaswag_methods_agree(items, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken_cache")))
     rows = table_of(benchmark.hellaswag, tmp_path, "hellaswag", f"--data={items}", "--rounds=1", "--device=cpu")
     differences = {name: float(row["largest difference in nats"]) for name, row in rows.items()}
     assert differences["ours, fp32"] == 0 and differences["ours, bf16"] < 0.5
