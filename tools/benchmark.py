@@ -81,10 +81,12 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 def report(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]], output: str | None) -> None:
     """Print a table, and write it to `output` as JSON."""
     table = [("", *columns), *((name, *cells) for name, cells in rows.items())]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    # A method that failed has its error in the first cell, which would stretch the column for all.
+    name_width = max(len(name) for name, *_ in table)
+    widths = [max(map(len, column)) for column in zip(*(cells for _, *cells in table if cells[-1]), strict=True)]
     print(title)
     for name, *cells in table:
-        print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+        print("  ".join([name.ljust(name_width), *map(str.rjust, cells, widths)]).rstrip())
     if output:
         values = {name: dict(zip(columns, cells, strict=True)) for name, cells in rows.items()}
         files.write_json(output, {"title": title, "rows": values})
