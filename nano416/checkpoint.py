@@ -18,14 +18,17 @@ Where that does not fit in the memory of rank 0's host, `checkpoint_step_<N>.pt`
 Checkpoints of the original 416M run have another format: see seed_checkpoint.py.
 """
 
+import json
+import math
+import os
 import pickle
 import re
-import shutil
+import reprlib
+import shlex
 import sys
 import threading
-import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +45,11 @@ from torch.optim import Optimizer
 
 from model import ModelConfig, Transformer
 from nano416 import distributed, seed_checkpoint, sharded_checkpoint
-from nano416.config import from_dict
-from nano416.devices import memory_gb
-from nano416.files import atomic_write
+from nano416.config import from_dict, visible
+from nano416.devices import free_host_memory_gb, memory_gb
+from nano416.files import atomic_write, check_zip, move_into_place, open_regular, remove
 from nano416.hub import hub_errors
+from nano416.tokenizer import Tokenizer, load_tokenizer
 
 # Raised when older versions could no longer read what this one writes.
 FORMAT = 1
@@ -79,6 +83,11 @@ def latest(run_dir: str | Path) -> Path | None:
 def resolve(path: str | Path) -> Path:
     """The checkpoint that `path` means: a file, a run directory (its newest) or a Hub repository. Raises ValueError."""
     path = Path(path)
+    folder = path.parent if path.suffix in (".safetensors", ".bin") else path
+    if latest(folder) is None and _is_hugging_face(folder):
+        out = f"{folder.resolve().name}.pt"
+        command = f"python -m tools.convert_hf import {shlex.quote(str(folder))} {shlex.quote(out)}"
+        raise ValueError(f"{path} is a Hugging Face model, not a checkpoint; make one of it: {command}")
     if _is_run_dir(path):
         newest = latest(path)
         if newest is None:
@@ -93,6 +102,11 @@ def resolve(path: str | Path) -> Path:
     if match and not path.parent.exists():
         return _from_hub(match[1], match[2])
     raise ValueError(f"no checkpoint at {path}: neither a file nor a run directory")
+
+
+def _is_hugging_face(folder: Path) -> bool:
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return bool(weights) and (folder / "config.json").exists()
 
 
 def _is_run_dir(path: Path) -> bool:
@@ -114,7 +128,9 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     except (ValueError, ConnectionError) as error:
         reason = str(error).removeprefix(f"{repo}: ")
         raise ValueError(f"no checkpoint at {repo}: no such file or folder, and {reason}") from error
-    raise ValueError(f"no checkpoint at {repo}: the Hub repository of that name holds no .pt file")
+    name = repo.rpartition("/")[2]
+    advice = f"for a model in Hugging Face's format: python -m tools.convert_hf import {repo} {name}.pt"
+    raise ValueError(f"no checkpoint at {repo}: the Hub repository of that name holds no .pt file; {advice}")
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
@@ -123,19 +139,33 @@ def _from_hub(repo: str, revision: str | None) -> Path:
 def read(path: str | Path) -> dict[str, Any]:
     """A checkpoint as a dict on the CPU, memory mapped, in the current format. Of a folder, all but its large tensors.
 
-    Raises ValueError that says what is wrong with the file.
+    All ranks call it and get the same answer. Raises ValueError that says what is wrong with the file.
     """
-    path = Path(path)
-    if path.is_dir():
-        metadata = read(path / sharded_checkpoint.METADATA)
-        # Only restore reads the optimizer's tensors, each rank its own.
-        return {**metadata, "optimizer": {}}
+    checkpoint = {}
+    error = None
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load ignores the checksums: a flipped bit would go unnoticed.
-            damaged = archive.testzip()
-            if damaged:
-                raise zipfile.BadZipFile(f"the checksum of {damaged!r} does not match")
+        checkpoint = _read_folder(Path(path)) if Path(path).is_dir() else _read_file(Path(path))
+    except ValueError as own_error:
+        error = own_error
+    errors = distributed.all_gather_object(str(error) if error else None)
+    for message in errors:
+        # Where one rank cannot read, none continues: the others would train from another checkpoint, or wait for it.
+        if message:
+            raise ValueError(message) from error
+    return checkpoint
+
+
+def _read_folder(path: Path) -> dict[str, Any]:
+    sharded_checkpoint.verify(path)
+    metadata = _read_file(path / sharded_checkpoint.METADATA)
+    # Only restore reads the optimizer's tensors, each rank its own.
+    return {**metadata, "optimizer": {}}
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        with open_regular(path) as file:
+            check_zip(file)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise ValueError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
@@ -157,15 +187,21 @@ def read(path: str | Path) -> dict[str, Any]:
 def read_latest(run_dir: str | Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The path and contents of the newest readable checkpoint of a run directory; None if there are no checkpoints.
 
-    Damaged ones are skipped with a warning. Raises ValueError if all are damaged.
+    All ranks call it and get the same answer. Damaged ones are skipped with a warning. Raises ValueError if all are
+    damaged.
     """
     errors = []
-    for _, path in list_checkpoints(run_dir):
+    # Rank 0's list: on a network file system a rank may see a file later than another.
+    for step, path in distributed.all_gather_object(list_checkpoints(run_dir))[0]:
         try:
-            return path, read(path)
+            checkpoint = read(path)
+            if checkpoint["step"] != step:
+                # Renamed. A run that continued from it would begin there again at every start.
+                raise ValueError(f"{path} holds step {checkpoint['step']}; rename it, or move it away")
+            return path, checkpoint
         except ValueError as error:
             errors.append(str(error))
-            warn(f"passed over: {error}")
+            warn(visible(f"passed over: {error}"))
     if errors:
         raise ValueError(f"no readable checkpoint in {run_dir}, so the run is not started over there: {errors[0]}")
     return None
@@ -179,14 +215,68 @@ def _check(checkpoint: Any, path: Path) -> None:
         raise ValueError(
             f"{path} is not a nano416 checkpoint: it holds {contents}, which lacks some of {sorted(required)}"
         )
+    for name in ("format", "step", "tokens"):
+        if not _is_count(checkpoint[name]):
+            raise ValueError(f"{path} is not a nano416 checkpoint: its {name} is {_describe(checkpoint[name])}")
     if checkpoint["format"] > FORMAT:
         raise ValueError(f"{path} has format {checkpoint['format']}, this version reads up to {FORMAT}; update nano416")
+    config = checkpoint["config"]
+    if not _is_plain_dict(config) or not all(isinstance(section, dict) for section in config.values()):
+        raise ValueError(f"{path} is not a nano416 checkpoint: its config is not a dict of dicts of options")
     try:
-        from_dict(ModelConfig, checkpoint["config"]["model"])
-    except (KeyError, TypeError, ValueError) as error:
+        from_dict(ModelConfig, config["model"])
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} describes a model that this version does not know: {error}; update nano416"
         ) from error
+    _check_tokenizer(checkpoint["tokenizer"], path)
+    for part in ("model", "ema"):
+        if part in checkpoint:
+            _check_weights(checkpoint[part], part, path)
+
+
+def _check_tokenizer(info: Any, path: Path) -> None:
+    """Raise ValueError unless this is the name or the info() of a tokenizer."""
+    if isinstance(info, str):
+        return
+    if not _is_plain_dict(info) or not isinstance(info.get("name"), str) or not isinstance(info.get("sha256", ""), str):
+        raise ValueError(f"{path} is not a nano416 checkpoint: its tokenizer has no name, or an odd sha256")
+
+
+def _check_weights(weights: Any, part: str, path: Path) -> None:
+    """Raise ValueError unless this is a dict of dense floating-point tensors in host memory."""
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path} is not a nano416 checkpoint: its {part} is {_describe(weights)}")
+    for name, weight in weights.items():
+        is_dense = type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided and not weight.is_nested
+        if (
+            not isinstance(name, str)
+            or not is_dense
+            or not weight.is_floating_point()
+            or not weight.device.type == "cpu"
+        ):
+            raise ValueError(f"{path}: {name!r} in its {part} is {_describe(weight)}, not a dense tensor of floats")
+
+
+def _is_count(value: Any) -> bool:
+    """True for the integers that can count steps, tokens or sequences."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_plain_dict(value: Any) -> bool:
+    """True for a dict that JSON can express."""
+    try:
+        json.dumps(value)
+    except (RecursionError, TypeError, ValueError):
+        return False
+    return isinstance(value, dict)
+
+
+def _describe(value: Any) -> str:
+    """A value for a message: numbers and short texts as they are, of all else the type."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} ({value.layout})".replace("torch.", "")
+    return reprlib.repr(value) if isinstance(value, bool | int | float | str) else f"a {type(value).__name__}"
 
 
 def _describe_bad_file(path: Path) -> str:
@@ -210,15 +300,51 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Tr
     else:
         path = resolve(path)
         checkpoint = read(path)
+    model = _build_model(checkpoint, inference_weights(checkpoint, path), path)
+    metadata = {key: value for key, value in checkpoint.items() if key not in ("model", "ema", "optimizer")}
+    return model.to(device).eval(), {**metadata, "path": str(path)}
+
+
+def load_model_and_tokenizer(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[Transformer, Tokenizer, dict[str, Any]]:
+    """load_model, and the checkpoint's tokenizer. Raises ValueError if it has more tokens than the model."""
+    model, metadata = load_model(path, device)
+    tokenizer = load_tokenizer(metadata["tokenizer"])
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{metadata['path']}: its tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, more than its "
+            f"model's {model.config.vocab_size}; take the tokenizer that the model was trained with"
+        )
+    return model, tokenizer, metadata
+
+
+def _build_model(checkpoint: dict[str, Any], weights: Mapping[str, Tensor], path: Path) -> Transformer:
+    """The model of a checkpoint, with `weights`. Raises ValueError, before anything is built, if they do not fit it."""
+    config = from_dict(ModelConfig, checkpoint["config"]["model"])
+    if config.vocab_size is None or config.n_layers > len(weights):
+        raise ValueError(
+            f"{path} does not fit the model: it describes {config.n_layers} layers and a vocabulary of "
+            f"{config.vocab_size}, and holds {len(weights)} weights"
+        )
     # On the meta device nothing is allocated or initialized: every weight is about to be overwritten.
-    with torch.device("meta"):
-        model = Transformer(from_dict(ModelConfig, checkpoint["config"]["model"]))
+    try:
+        with torch.device("meta"):
+            model = Transformer(config)
+    except (OverflowError, RuntimeError) as error:
+        raise ValueError(f"{path} describes a model of impossible size: {error}") from error
+    check_shapes(weights, model.state_dict(), path)
+    needed_gb = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) / 1e9
+    if needed_gb > memory_gb(torch.device("cpu")):
+        raise ValueError(
+            f"{path} describes a model of {needed_gb:,.0f} GB (dim {config.dim}, seq_len {config.seq_len}); this "
+            f"machine has {memory_gb(torch.device('cpu')):,.0f} GB"
+        )
     model.to_empty(device="cpu")
     # Checkpoints hold no buffers, since they follow from the config.
     model.init_buffers()
-    load_weights(model, inference_weights(checkpoint, path), path)
-    metadata = {key: value for key, value in checkpoint.items() if key not in ("model", "ema", "optimizer")}
-    return model.to(device).eval(), {**metadata, "path": str(path)}
+    load_weights(model, weights, path)
+    return model
 
 
 def inference_weights(checkpoint: dict[str, Any], path: Path) -> Mapping[str, Tensor]:
@@ -265,8 +391,9 @@ def restore(checkpoint: dict[str, Any], state: TrainState, path: str | Path) -> 
     The optimizer keeps this run's settings, such as weight decay. The random number generators continue if the number
     of ranks is the same. Raises ValueError if the data, the model or the optimizer differ.
     """
+    _check_state(checkpoint, state, path)
     # First, because the loader refuses other data before any tensor is read.
-    state.loader.load_state_dict(checkpoint["loader"])
+    _load_state(state.loader, checkpoint["loader"], path)
     if Path(path).is_dir():
         # The averages of a folder are among its tensors; ema_updates tells whether it has any.
         averages = state.ema.state_dict()["ema"] if state.ema and "ema_updates" in checkpoint else {}
@@ -276,25 +403,84 @@ def restore(checkpoint: dict[str, Any], state: TrainState, path: str | Path) -> 
             checkpoint = {**checkpoint, "ema": averages}
     else:
         load_weights(state.model, checkpoint["model"], path)
-        _load_optimizer(checkpoint["optimizer"]["state"], state, path)
+        _load_optimizer(checkpoint["optimizer"].get("state", {}), state, path)
     # The first files had no guard.
-    state.guard.load_state_dict(checkpoint.get("guard", {}))
+    _load_state(state.guard, checkpoint.get("guard", {}), path)
     if state.ema:
         state.ema.load_state_dict(checkpoint, distributed.distribute_like)
     if len(checkpoint["rng"]) == distributed.world_size():
         set_rng_state(checkpoint["rng"][distributed.rank()])
 
 
+def _check_state(checkpoint: dict[str, Any], state: TrainState, path: str | Path) -> None:
+    """Raise ValueError unless what a run continues from has the types and shapes of this run's."""
+    for part, current in (("loader", state.loader.state_dict()), ("guard", state.guard.state_dict())):
+        saved = checkpoint.get(part, {})
+        if not isinstance(saved, dict):
+            raise _cannot_resume(path, part, saved)
+        for name, value in saved.items():
+            if not _is_like(value, current.get(name)):
+                raise _cannot_resume(path, f"{part}'s {name!r}", value)
+    for part in ("loader", "optimizer", "rng", "metrics"):
+        if part not in checkpoint:
+            raise _cannot_resume(path, part, None)
+    if not _is_count(checkpoint.get("ema_updates", 0)):
+        raise _cannot_resume(path, "ema_updates", checkpoint["ema_updates"])
+    if state.ema and "ema" in checkpoint:
+        check_shapes(checkpoint["ema"], state.ema.state_dict()["ema"], path)
+    metrics = checkpoint["metrics"]
+    elapsed_s = metrics.get("elapsed_s", 0.0) if isinstance(metrics, dict) else math.nan
+    if not isinstance(elapsed_s, int | float) or not 0 <= elapsed_s < math.inf:
+        raise _cannot_resume(path, "metrics", metrics)
+    if not isinstance(checkpoint["rng"], list) or not all(map(_is_rng_state, checkpoint["rng"])):
+        raise _cannot_resume(path, "rng", checkpoint["rng"])
+    optimizer = checkpoint["optimizer"]
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state", {}), dict):
+        raise _cannot_resume(path, "optimizer", optimizer)
+
+
+def _is_rng_state(saved: Any) -> bool:
+    if not isinstance(saved, dict) or "cpu" not in saved:
+        return False
+    return all(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in saved.values())
+
+
+def _load_state(target: Any, saved: dict[str, Any], path: str | Path) -> None:
+    try:
+        target.load_state_dict(saved)
+    except KeyError as error:
+        raise ValueError(f"{path} cannot be resumed: it has no {error}; start from it with --init_from") from error
+
+
+def _cannot_resume(path: str | Path, part: str, value: Any) -> ValueError:
+    return ValueError(
+        f"{path} cannot be resumed: its {part} is {_describe(value)}, not what this version writes; "
+        "start a new run from its weights with --init_from"
+    )
+
+
+def _is_like(saved: Any, current: Any) -> bool:
+    """Whether a value has the type, and a tensor the shape, of this run's."""
+    if isinstance(current, Tensor):
+        return isinstance(saved, Tensor) and saved.shape == current.shape and saved.dtype == current.dtype
+    return _is_count(saved) if isinstance(current, int) else type(saved) is type(current)
+
+
 def _load_optimizer(saved: dict[str, dict[str, Any]], state: TrainState, path: str | Path) -> None:
     # This call creates the state of an optimizer that has none yet, so that the names of both can be compared.
     current: Any = get_optimizer_state_dict(state.model, state.optimizer)
     for name, entry in current["state"].items():
-        if name not in saved or saved[name].keys() != entry.keys():
+        saved_entry = saved.get(name, {})
+        if not isinstance(saved_entry, dict) or saved_entry.keys() != entry.keys():
+            contents = sorted(map(str, saved_entry)) if isinstance(saved_entry, dict) else _describe(saved_entry)
             raise ValueError(
-                f"{path} has the state of another optimizer ({sorted(saved.get(name, {}))} for {name}, this run's has "
+                f"{path} has the state of another optimizer ({contents} for {name}, this run's has "
                 f"{sorted(entry)}); resume with the --optimizer it was trained with, or start a new run from its "
                 "weights with --init_from"
             )
+        for key, value in entry.items():
+            if not _is_like(saved_entry[key], value):
+                raise _cannot_resume(path, f"optimizer's {key} of {name}", saved_entry[key])
     # Parameter groups come from this run: those in the file have the old settings and the old torch's options.
     merged: Any = {"state": saved, "param_groups": current["param_groups"]}
     options = StateDictOptions(full_state_dict=True)
@@ -310,10 +496,15 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor]) -> None:
-    """Restore what rng_state returned, on this machine or on one without a GPU."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    """Restore what rng_state returned, on this machine or on one without a GPU. Raises ValueError."""
+    try:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"the checkpoint's random state is damaged: {error}; start a new run from its weights"
+        ) from error
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
@@ -334,6 +525,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._buffers = HostBuffers()
         self._group: Any = None  # process group of the threads that write a folder
+        self._as_folder: bool | None = None  # decided by the first save, for all ranks alike
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any], permanent: bool) -> Path:
         """Copy the state and start writing it, once the previous save has ended. All ranks call it.
@@ -356,7 +548,7 @@ class CheckpointWriter:
             **averages,
         }
         is_sharded = distributed.is_sharded(state.model)
-        if is_sharded and not fits_in_host_memory(sum(p.numel() for p in state.model.parameters())):
+        if is_sharded and self._writes_folder(state):
             self._save_folder(path, state, checkpoint)
             return path
         options = StateDictOptions(full_state_dict=True, cpu_offload=is_sharded)
@@ -365,21 +557,29 @@ class CheckpointWriter:
         checkpoint = distributed.full_state(checkpoint)
         if distributed.rank() == 0:
             checkpoint = self._buffers.copy(checkpoint)
-            self._start(path, lambda: write(path, checkpoint))
+            self._start(path, lambda: _write_over(path, checkpoint))
         return path
+
+    def _writes_folder(self, state: TrainState) -> bool:
+        """Whether a sharded run's state is too large for one host. The same on all ranks, for the whole run."""
+        if self._as_folder is None:
+            n_params = sum(p.numel() for p in state.model.parameters())
+            # The hosts may differ, and each form needs all ranks: the host with the least memory decides.
+            self._as_folder = bool(distributed.all_reduce_max([int(not fits_in_host_memory(n_params))])[0])
+        return self._as_folder
 
     def _save_folder(self, path: Path, state: TrainState, checkpoint: dict[str, Any]) -> None:
         """Each rank copies its shards and writes them in the background."""
         averages = checkpoint.pop("ema", {})
-        # The state without its large tensors, so that there is no memory worth reusing.
-        checkpoint = HostBuffers().copy(checkpoint)
+        tensors = sharded_checkpoint.named_tensors(state.model, state.optimizer, averages)
+        shards = sharded_checkpoint.local_shards(tensors)
+        values = {name: shard.values for name, shard in shards.items()}
+        copies = self._buffers.copy({"values": values, "metadata": checkpoint})
+        shards = {name: replace(shard, values=copies["values"][name]) for name, shard in shards.items()}
         # Rank 0 removes what a killed process left of this folder before anybody writes to it.
         distributed.barrier()
         self._group = self._group or distributed.new_cpu_group()
-        tensors = sharded_checkpoint.named_tensors(state.model, state.optimizer, averages)
-        saving = sharded_checkpoint.start_save(tensors, path, self._group)
-        is_main = distributed.rank() == 0
-        self._start(path, lambda: sharded_checkpoint.finish_save(saving, path, checkpoint, is_main))
+        self._start(path, lambda: sharded_checkpoint.write(path, shards, copies["metadata"], self._group))
 
     def _start(self, path: Path, write_it: Callable[[], None]) -> None:
         # Not a daemon: when training ends, Python waits until the checkpoint is written.
@@ -406,12 +606,15 @@ class CheckpointWriter:
         for step, path in list_checkpoints(self.run_dir):
             is_temporary = path.name.startswith("temporary")
             if path != newest and (is_temporary or (self.keep_every and step % self.keep_every)):
-                _remove(path)
+                # Renamed first: a process that is killed here leaves no half of a folder under a checkpoint's name.
+                removed = path.with_name(f".{path.name}.removed.tmp")
+                os.replace(path, removed)
+                remove(removed)
 
     def _remove_leftovers(self) -> None:
         """Remove the partial files of a process that was killed while writing."""
         for path in self.run_dir.glob(".*_step_*.tmp"):
-            _remove(path)
+            remove(path)
 
     def wait(self) -> None:
         """Wait until the last save is on the disk or has failed, which `failed` then tells."""
@@ -420,24 +623,27 @@ class CheckpointWriter:
             self._thread = None
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint file atomically: after a failure the old file is still there."""
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
 
 
+def _write_over(path: Path, checkpoint: dict[str, Any]) -> None:
+    """write, also where the checkpoint of this step is a folder so far."""
+    if not path.is_dir():
+        write(path, checkpoint)
+        return
+    partial = path.with_name(f".{path.name}.new.tmp")
+    write(partial, checkpoint)
+    move_into_place(partial, path)
+
+
 def fits_in_host_memory(n_params: int) -> bool:
-    """True if rank 0's host has memory for two checkpoints: the gathered state, and its copy for the thread."""
-    # fp32 weights and AdamW's two moments.
-    bytes_per_param = 12
-    return 2 * bytes_per_param * n_params < 1e9 * memory_gb(torch.device("cpu"))
+    """True if this host has memory for two checkpoints: the gathered state, and its copy for the thread."""
+    # fp32 weights, AdamW's two moments and the averages of --ema.
+    bytes_per_param = 16
+    return 2 * bytes_per_param * n_params < 1e9 * free_host_memory_gb()
 
 
 class HostBuffers:

@@ -3,14 +3,22 @@
 device = pick_device()                          # cuda if there is one, else cpu
 autocast(device, torch.bfloat16)                # matmuls in bf16 around fp32 weights
 memory_gb(device); peak_memory_gb(device)       # GB = 1e9 bytes
+free_host_memory_gb()                           # what this process can still get
 """
 
 import contextlib
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+
+# Files of Linux; other systems have none of them.
+MEMINFO = Path("/proc/meminfo")
+CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")
+CGROUP_MOUNT = Path("/sys/fs/cgroup")
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -18,11 +26,11 @@ def pick_device(name: str | None = None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        # Naming a device proves nothing: torch.device("cuda:7") works on every machine.
-        torch.empty(1, device=name)
-    # A torch built without CUDA raises AssertionError.
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        # Naming a device proves nothing: torch.device("cuda:7") works on every machine. Nor does memory on "meta".
+        torch.empty(1, device=name).cpu()
+    # A torch built without CUDA raises AssertionError, without another backend ImportError.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0][:200]}") from error
     return torch.device(name)
 
 
@@ -32,11 +40,68 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Total memory of this GPU, or of this machine for a CPU, in GB."""
+    """Total memory of this GPU, or for a CPU of this machine or of the container that this process runs in, in GB."""
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
         return total / 1e9
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *(limit for limit, _ in cgroup_memory())]) / 1e9
+
+
+def free_host_memory_gb() -> float:
+    """Host memory that this process can still get in GB: what is free on the machine and within every cgroup limit."""
+    free = [1e9 * memory_gb(torch.device("cpu"))]
+    free += [limit - used for limit, used in cgroup_memory()]
+    if MEMINFO.exists():
+        fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        # With what Linux would take from its file cache.
+        free.append(1024 * int(fields["MemAvailable"].removesuffix("kB")))
+    return max(0, min(free)) / 1e9
+
+
+def cgroup_memory(membership: Path = CGROUP_MEMBERSHIP, mount: Path = CGROUP_MOUNT) -> list[tuple[int, int]]:
+    """(limit, bytes in use) of this process's memory cgroup and of each one around it, where there is a limit.
+
+    Containers and Slurm limit memory in this way: the kernel ends a process that takes more, whatever the machine has.
+    """
+    if not membership.exists():
+        return []
+    limits = []
+    for line in membership.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            # Version 2: one tree. memory.high slows a process down until it gives memory back.
+            limits += _read_limits(mount, path, ("memory.max", "memory.high"), "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes",)
+            limits += _read_limits(mount / "memory", path, names, "memory.usage_in_bytes", "total_inactive_file")
+    return limits
+
+
+def _read_limits(
+    root: Path, path: str, limit_names: tuple[str, ...], usage_name: str, cache_name: str
+) -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use) of each cgroup from `root` down to `path` that has a limit."""
+    # In a container `path` may be the host's name of a folder that is mounted as `root`.
+    innermost = root / path.lstrip("/")
+    for folder in [innermost, *(parent for parent in innermost.parents if parent.is_relative_to(root))]:
+        limits = [_read_number(folder / name) for name in limit_names]
+        limits = [limit for limit in limits if limit is not None]
+        used = _read_number(folder / usage_name)
+        if not limits or used is None:
+            continue
+        # File cache that was not used lately counts as used but is given back when needed; Kubernetes subtracts it too.
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        yield min(limits), used - int(statistics.get(cache_name, 0))
+
+
+def _read_number(path: Path) -> int | None:
+    """The number in a file of the kernel; None for `max`, which is no limit, and where the file cannot be read."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return None if text == "max" else int(text)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -33,10 +33,13 @@ def convert(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     """A checkpoint of the original run, converted to our format. Raises ValueError if it is not one."""
     # torch.compile and DDP put these prefixes before the names of the model they wrap.
     prefix = re.compile(r"^(_orig_mod\.|module\.)+")
-    weights = {prefix.sub("", name): weight for name, weight in checkpoint["model_state_dict"].items()}
+    saved = checkpoint["model_state_dict"]
+    weights = {prefix.sub("", name): weight for name, weight in saved.items()} if _is_state_dict(saved) else {}
     settings = checkpoint.get("config")
-    has_names = {"embeddings.weight", "layers.0.ffn.w_gate.weight"} <= weights.keys()
-    if not has_names or not isinstance(settings, dict) or "n_heads" not in settings:
+    names = {"embeddings.weight", "layers.0.ffn.w_gate.weight"}
+    has_matrices = names <= weights.keys() and all(weights[name].dim() == 2 for name in names)
+    n_heads = settings.get("n_heads") if isinstance(settings, dict) else None
+    if not has_matrices or not isinstance(settings, dict) or not isinstance(n_heads, int) or n_heads < 1:
         raise ValueError(
             f"{path} looks like a checkpoint of another project: "
             "`embeddings.weight` or `n_heads` in its `config` is missing"
@@ -50,8 +53,8 @@ def convert(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
         "dim": dim,
         "qk_norm": False,
         "n_layers": 1 + max(int(match[1]) for match in layers if match),
-        "n_heads": settings["n_heads"],
-        "n_kv_heads": settings.get("n_kv_heads", settings["n_heads"]),
+        "n_heads": n_heads,
+        "n_kv_heads": settings.get("n_kv_heads", n_heads),
         # The file's config has only the ratio ffn_dim / dim.
         "ffn_dim": weights["layers.0.ffn.w_gate.weight"].shape[0],
         "vocab_size": vocab_size,
@@ -63,12 +66,20 @@ def convert(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
         "tokens": checkpoint.get("total_tokens", 0),
         "config": {"model": config},
         "tokenizer": GPT2,
-        "model": _convert_weights(weights, dim // config["n_heads"]),
+        "model": _convert_weights(weights, dim // n_heads, path),
         "metrics": {},
     }
 
 
-def _convert_weights(weights: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
+def _is_state_dict(value: Any) -> bool:
+    """True for a dict of dense tensors by name."""
+    if not isinstance(value, dict):
+        return False
+    tensors = all(isinstance(weight, Tensor) and weight.layout == torch.strided for weight in value.values())
+    return tensors and all(isinstance(name, str) for name in value)
+
+
+def _convert_weights(weights: dict[str, Tensor], head_dim: int, path: Path) -> dict[str, Tensor]:
     converted = {}
     for name, weight in weights.items():
         # The head is tied to the embedding, and the rotary tables follow from the config.
@@ -77,6 +88,8 @@ def _convert_weights(weights: dict[str, Tensor], head_dim: int) -> dict[str, Ten
         for theirs, ours in SEED_NAMES.items():
             name = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\g<1>{ours}.", name)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
+            if weight.dim() != 2 or head_dim < 2 or head_dim % 2 or len(weight) % head_dim:
+                raise ValueError(f"{path} has {name} of {list(weight.shape)}, which are no heads of {head_dim}")
             weight = _interleaved_to_half_split(weight, head_dim)
         converted[name] = weight
     embedding = converted["embed_tokens.weight"]

@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nano416 import checkpoint, distributed
 from nano416.checkpoint import CheckpointWriter, TrainState
+from nano416.fault_tolerance import StepGuard
 from nano416.optimizers import EMA, OPTIMIZERS, OptimConfig, build_optimizer
 
 
@@ -279,6 +282,36 @@ def flip(data: bytes, position: int) -> bytes:
     return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
 
 
+def set_value(name: str, value: Any) -> Callable[[dict], dict]:
+    return lambda state: {**state, name: value}
+
+
+def set_shape(**values: Any) -> Callable[[dict], dict]:
+    return lambda state: dict(state, config={"model": {**state["config"]["model"], **values}})
+
+
+def set_weight(weight: Any) -> Callable[[dict], dict]:
+    return lambda state: dict(state, model={**state["model"], "embed_tokens.weight": weight})
+
+
+COUNTS = ["format", "step", "tokens"]
+NO_COUNTS = ["3", None, -1, 1.5, True, 2**70, [3], {}, torch.ones(1), float("nan")]
+NO_CONFIGS = [None, 7, [], "model", {"model": {}, "optim": 3}, {"model": {}, "optim": {"a": torch.ones(2)}}]
+NO_TOKENIZERS = [None, 7, [], {}, {"name": 7}, {"name": None}, {"name": "gpt2", "sha256": 7}, {"name": "x", "y": {1j}}]
+# The shape of the embedding of tiny_model.
+ROWS = torch.ones(128, 32)
+NO_WEIGHTS = {
+    "a number": (7, "7"),
+    "nothing": (None, "a NoneType"),
+    "integers": (ROWS.int(), "a tensor of int32"),
+    "truth values": (ROWS.bool(), "a tensor of bool"),
+    "complex": (ROWS.to(torch.complex64), "a tensor of complex64"),
+    "sparse": (ROWS.to_sparse(), r"a tensor of float32 \(sparse_coo\)"),
+    "sparse rows": (ROWS.to_sparse_csr(), r"a tensor of float32 \(sparse_csr\)"),
+    "quantized": (torch.quantize_per_tensor(ROWS, 0.1, 0, torch.qint8), "a tensor of qint8"),
+    "of no memory": (ROWS.to("meta"), "a tensor of float32"),
+    "tensors of tensors": (torch.nested.nested_tensor([ROWS]), "a tensor of float32"),
+}
 BROKEN_BYTES = {
     "a flipped byte": (lambda data: flip(data, len(data) // 2), "damaged"),
     "a flipped byte in the directory": (lambda data: flip(data, len(data) - 200), "damaged"),
@@ -319,6 +352,29 @@ BROKEN_STATE = {
         r"norm.weight is \[31\], the model has \[32\]",
     ),
     "a foreign model_state_dict": (lambda state: {"model_state_dict": {"w": torch.ones(1)}}, "another project"),
+    "a model_state_dict that is a list": (lambda state: {"model_state_dict": [1]}, "another project"),
+    "a model_state_dict of numbers": (lambda state: {"model_state_dict": {"embeddings.weight": 1}}, "another project"),
+    "more layers than weights": (set_shape(n_layers=2000), r"describes 2000 layers .* holds 2\d weights"),
+    "a width of 10**6": (set_shape(ffn_dim=10**6), r"mlp.gate_proj.weight is \[48, 32\], the model has \[10"),
+    "absurdly many layers": (set_shape(n_layers=10**9), "n_layers must be at most 2,000"),
+    "a context of 10**12": (set_shape(seq_len=10**12), r"seq_len 1000000000000\); this machine has|seq_len"),
+    "a context of 2**70": (set_shape(seq_len=2**70), "impossible size|seq_len"),
+    "no vocabulary": (set_shape(vocab_size=None), "a vocabulary of None"),
+    "a shape of texts": (set_shape(dim="wide"), "dim expects int"),
+    "a shape of other keys": (
+        lambda state: dict(state, config={"model": {1: 2, None: 3}}),
+        "that this version does not",
+    ),
+    **{f"{name} is {value!r}": (set_value(name, value), f"its {name} is") for name in COUNTS for value in NO_COUNTS},
+    **{f"config is {value!r}": (set_value("config", value), "its config is not") for value in NO_CONFIGS},
+    **{f"tokenizer is {value!r}": (set_value("tokenizer", value), "its tokenizer has") for value in NO_TOKENIZERS},
+    **{
+        f"weights that are {name}": (set_weight(weight), f"embed_tokens.weight' in its {{}} is {said}")
+        for name, (weight, said) in NO_WEIGHTS.items()
+    },
+    "weights in a list": (set_value("model", [torch.ones(3)]), "its model is a list"),
+    "averages in a list": (set_value("ema", [torch.ones(3)]), "its ema is a list"),
+    "a weight named 7": (lambda state: dict(state, model={**state["model"], 7: torch.ones(3)}), "7 in its model is"),
 }
 
 
@@ -336,10 +392,131 @@ def test_a_file_of_other_content_is_named_with_what_to_do(what, saved, tmp_path,
     monkeypatch.chdir(tmp_path)
     damage, hint = BROKEN_STATE[what]
     torch.save(damage(torch.load(saved)), saved)
-    with pytest.raises(ValueError, match=hint) as error:
+    with pytest.raises(ValueError, match=hint.replace("{}", "model")) as error:
         checkpoint.load_model(saved)
+    assert len(str(error.value).splitlines()) == 1
     assert str(saved) in str(error.value) and "weights_only" not in str(error.value)
     assert not os.path.exists("exploded"), "the file ran code"
+
+
+NO_STATE = {
+    "no loader": (lambda state: without(state, "loader"), "its loader is a NoneType"),
+    "no optimizer": (lambda state: without(state, "optimizer"), "its optimizer is a NoneType"),
+    "no rng": (lambda state: without(state, "rng"), "its rng is a NoneType"),
+    "no metrics": (lambda state: without(state, "metrics"), "its metrics is a NoneType"),
+    "a loader that is a number": (set_value("loader", 7), "its loader is 7"),
+    "an empty loader": (set_value("loader", {}), "it has no 'value'"),
+    "a loader of texts": (set_value("loader", {"value": "12"}), "its loader's 'value' is '12'"),
+    "a loader before the beginning": (set_value("loader", {"value": -5}), "its loader's 'value' is -5"),
+    "a loader beyond all data": (set_value("loader", {"value": 2**70}), "its loader's 'value' is 1180"),
+    "a loader of other names": (set_value("loader", {"value": 12, "load_state_dict": 1}), "its loader's 'load_"),
+    "a guard of other names": (set_value("guard", {"value": 34, "__class__": 1}), "its guard's '__class__'"),
+    "a guard that is a tensor": (set_value("guard", torch.ones(3)), "its guard is a tensor of float32"),
+    "metrics in a list": (set_value("metrics", [1]), "its metrics is a list"),
+    "seconds in a text": (set_value("metrics", {"elapsed_s": "9"}), "its metrics is a dict"),
+    "seconds without end": (set_value("metrics", {"elapsed_s": float("inf")}), "its metrics is a dict"),
+    "random numbers in a dict": (set_value("rng", {"cpu": torch.get_rng_state()}), "its rng is a dict"),
+    "random numbers as numbers": (set_value("rng", [7]), "its rng is a list"),
+    "random numbers without cpu": (set_value("rng", [{}]), "its rng is a list"),
+    "random numbers of floats": (set_value("rng", [{"cpu": torch.ones(5056)}]), "its rng is a list"),
+    "too few random numbers": (set_value("rng", [{"cpu": torch.get_rng_state()[:9]}]), "random state is damaged"),
+    "random numbers of ones": (set_value("rng", [{"cpu": torch.ones_like(torch.get_rng_state())}]), "random state is"),
+    "an optimizer that is a list": (set_value("optimizer", [1]), "its optimizer is a list"),
+    "an optimizer without state": (set_value("optimizer", {}), r"another optimizer \(\[\] for"),
+    "an optimizer of lists": (set_value("optimizer", {"state": [1]}), "its optimizer is a dict"),
+    "an optimizer of numbers": (
+        lambda state: dict(state, optimizer={"state": dict.fromkeys(state["optimizer"]["state"], 7)}),
+        r"another optimizer \(7 for",
+    ),
+    "moments of another shape": (
+        lambda state: dict(state, optimizer={"state": reshaped_moments(state["optimizer"]["state"])}),
+        "its optimizer's exp_avg of .* is a tensor of float32",
+    ),
+}
+
+
+def reshaped_moments(entries: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: {**entry, "exp_avg": torch.ones(3)} for name, entry in entries.items()}
+
+
+@pytest.mark.parametrize("what", NO_STATE)
+def test_a_file_without_the_state_of_a_run_is_for_chat_but_no_run_resumes_from_it(what, saved):
+    damage, hint = NO_STATE[what]
+    torch.save(damage(torch.load(saved)), saved)
+    checkpoint.load_model(saved)
+    model = tiny_model(qk_norm=True)
+    with pytest.raises(ValueError, match=hint) as error:
+        restore(saved, train_state(model))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_guard_of_another_window_or_of_other_names_is_refused(saved):
+    model = tiny_model(qk_norm=True)
+    guard = StepGuard(torch.device("cpu"))
+    good = guard.state_dict()
+    state = torch.load(saved)
+    for odd in ({**good, "window": torch.zeros(2, 3)}, {**good, "skip_spikes": torch.ones(1)}, {"good": 3}):
+        torch.save({**state, "guard": odd}, saved)
+        with pytest.raises(ValueError, match=r"its guard's '(window|skip_spikes|good)' is"):
+            restore(saved, TrainState(model, adamw(model), Counter(12), guard))
+    for fine in (good, {}):
+        torch.save({**state, "guard": fine}, saved)
+        restore(saved, TrainState(model, adamw(model), Counter(12), guard))
+    assert guard.skip_spikes is False
+
+
+def test_averages_of_other_names_are_refused(saved):
+    model = tiny_model(qk_norm=True)
+    torch.save({**torch.load(saved), "ema": {"x": torch.ones(1)}, "ema_updates": 1}, saved)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        restore(saved, train_state(model, ema=EMA(model, 0.9)))
+
+
+def test_weights_that_are_not_numbers_load(saved):
+    torch.save(set_weight(ROWS * torch.nan)(torch.load(saved)), saved)
+    assert checkpoint.load_model(saved)[0].embed_tokens.weight.isnan().all()
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_one_line(saved):
+    for tokenizer in ("bytes", {"name": "bytes"}, {"name": "bytes", "vocab_size": 3}):
+        torch.save({**torch.load(saved), "tokenizer": tokenizer}, saved)
+        with pytest.raises(ValueError, match="tokenizer 'bytes' has 257 tokens, more than its model's 97"):
+            checkpoint.load_model_and_tokenizer(saved)
+
+
+UNREADABLE = {
+    "a FIFO": lambda path: os.mkfifo(path),
+    "a link to an endless device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to a FIFO": lambda path: (os.mkfifo(path.parent / "fifo"), path.symlink_to("fifo")),
+    "an empty folder": lambda path: path.mkdir(),
+    "a link to the run": lambda path: path.symlink_to("."),
+    "a file of another step": lambda path: shutil.copy(path.parent / "checkpoint_step_3.pt", path),
+    "a file that unpacks to more than its size": lambda path: zip_bomb(path),
+}
+
+
+def zip_bomb(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**6))
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_what_is_not_the_file_of_its_step_is_passed_over_and_never_waited_for(what, saved, tmp_path):
+    odd = tmp_path / "checkpoint_step_99.pt"
+    UNREADABLE[what](odd)
+    warnings = []
+    newest = checkpoint.read_latest(tmp_path, warnings.append)
+    assert newest and newest[0] == saved and newest[1]["step"] == 3
+    assert len(warnings) == 1 and str(odd) in warnings[0] and "\n" not in warnings[0]
+    if what != "a file of another step":
+        with pytest.raises(ValueError, match="checkpoint_step_99"):
+            checkpoint.load_model(odd)
+    else:
+        assert checkpoint.load_model(odd)[1]["step"] == 3
+    save(tmp_path, train_state(tiny_model()), step=99)
+    assert checkpoint.read(odd)["step"] == 99, "the step can be written again"
 
 
 def test_a_zip_of_something_else_is_not_a_checkpoint(tmp_path):
@@ -478,6 +655,19 @@ def test_keep_every_thins_out_the_permanent_ones_but_never_the_newest(tmp_path):
     assert files(tmp_path) == ["checkpoint_step_4.pt", "checkpoint_step_8.pt", "checkpoint_step_9.pt"]
 
 
+def test_a_folder_that_is_removed_is_never_seen_in_half(tmp_path, monkeypatch):
+    state = train_state(tiny_model())
+    older = tmp_path / "temporary_step_1.pt"
+    older.mkdir()
+    (older / "facts.pt").touch()
+    monkeypatch.setattr(shutil, "rmtree", lambda path: None)  # killed before the first file was removed
+    save(tmp_path, state, step=2)
+    assert [path.name for _, path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint_step_2.pt"]
+    monkeypatch.undo()
+    save(tmp_path, state, step=3)
+    assert files(tmp_path) == ["checkpoint_step_2.pt", "checkpoint_step_3.pt"]
+
+
 def test_the_newest_readable_checkpoint_is_taken(tmp_path, capsys):
     state = train_state(tiny_model())
     for step, permanent in ((1, True), (2, True), (3, False)):
@@ -503,7 +693,7 @@ def test_the_newest_readable_checkpoint_is_taken(tmp_path, capsys):
 KILLED = """
 import sys, torch
 from nano416 import checkpoint
-contents = {"format": 1, "step": 7, "tokens": 0, "config": {"model": {}}, "tokenizer": {}, "model": {"w": torch.rand(2**22)}}
+contents = {"format": 1, "step": 7, "tokens": 0, "config": {"model": {}}, "tokenizer": "bytes", "model": {"w": torch.rand(2**22)}}
 path = checkpoint.checkpoint_path(sys.argv[1], 7)
 checkpoint.write(path, contents)
 print("ready", flush=True)
