@@ -20,13 +20,15 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -38,15 +40,16 @@ from nano416.encode import (
     Encoded,
     Encoder,
     EncoderOptions,
-    check_fast_encoder,
+    choose_encoder,
     encode_chunks,
     encoder_version,
     num_cores,
 )
 from nano416.files import locked, write_json
 from nano416.hub import hub_errors
-from nano416.text_files import START, Chunk, Position, find_files, read_chunks, text_format
-from nano416.tokenizer import GPT2, load_tokenizer
+from nano416.sources import SplitFiles, assign_splits, find_files, first_names, shown
+from nano416.text_files import START, Chunk, Position, read_chunks, text_format
+from nano416.tokenizer import GPT2, Tokenizer, load_tokenizer
 
 # ---- Writing shards, resumably ---------------------------------------------------------------------------------------
 
@@ -71,6 +74,17 @@ class ShardWriter:
         self._buffer = np.empty(shard_tokens, token_dtype(tokenizer["vocab_size"]))
         self._filled = 0
 
+    def last_tokens(self, count: int) -> np.ndarray:
+        """The last `count` tokens added by this run and those before it, or all if they are fewer."""
+        parts = [self._buffer[max(0, self._filled - count) : self._filled]]
+        count -= len(parts[0])
+        for shard in reversed(self.progress["shards"]):
+            if not count:
+                break
+            parts.insert(0, read_shard(self.folder / shard["file"])[-count:])
+            count -= len(parts[0])
+        return np.concatenate(parts)
+
     @property
     def position(self) -> Position:
         """Where to continue reading the source."""
@@ -80,6 +94,12 @@ class ShardWriter:
         """Tokens added to a split so far, by this run and those before it."""
         written = sum(shard["tokens"] for shard in self.progress["shards"] if shard["split"] == split)
         return written + (self._filled if split == self.split else 0)
+
+    def num_documents(self, split: str) -> int:
+        """Ends of documents in a split so far."""
+        written = sum(shard["documents"] for shard in self.progress["shards"] if shard["split"] == split)
+        buffered = count_documents(self._buffer[: self._filled], self.tokenizer["eot_id"])
+        return written + (buffered if split == self.split else 0)
 
     def add(self, split: str, tokens: np.ndarray, position: Position = START) -> None:
         """Append tokens that begin at `position` of the source. A change of split ends the current shard."""
@@ -186,17 +206,32 @@ def count_documents(tokens: np.ndarray, eot_id: int) -> int:
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+# The header of a shard counts its tokens in an int32.
+MAX_SHARD_TOKENS = 2**31 - 1
+# A wanted validation part may cut a text file larger than this many bytes per wanted token, about twice its size in
+# English, and leaves smaller ones whole.
+CUT_BYTES_PER_TOKEN = 10
+# No compression makes a text a thousand times smaller, and no token is less than a byte.
+MAX_TOKENS_PER_BYTE = 1000
+
+
+def check_out_dir(out_dir: str) -> None:
+    """Raise ValueError for a URL, of which Path would make a local folder `gs:`, and for an unset shell variable."""
+    if not out_dir:
+        raise ValueError("out_dir is empty; name a folder")
+    if re.match(r"[A-Za-z][\w.+-]+:/", out_dir):
+        raise ValueError(f"out_dir={out_dir} must be a local folder; copy it to {out_dir.split(':')[0]} afterwards")
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    source: str = FINEWEB_EDU  # files, folder, globs, {00..09} braces, URL, or a Hugging Face dataset id
+    source: str = FINEWEB_EDU  # files, folders, globs, {00..09}, {a,b}, URLs, lists of these; a Hugging Face dataset id
     out_dir: str = "data/fineweb_edu"  # folder of the dataset
     subset: str | None = None  # of a Hugging Face dataset (sample-10BT for FineWeb-Edu)
     split: str = "train"  # of a Hugging Face dataset
     text_key: str = "text"  # key or column that holds the text
-    tokenizer: str = "gpt2"  # gpt2, bytes, any tiktoken name, a tokenizer.json; passthrough:gpt2 takes lists of ids
-    val_source: str | None = None  # validation text; without it, val* files of a folder, or the first val_tokens
+    tokenizer: str = "gpt2"  # gpt2, bytes, any tiktoken name, tokenizer.json, Hub id; passthrough:gpt2 takes ids
+    val_source: str | None = None  # validation text; without it, files marked val or dev, or the first val_tokens
     val_tokens: int | None = None  # first tokens that validate, whole documents (1% of the bytes, at most 10M)
     shard_tokens: int = 100_000_000  # tokens per shard
     fast: bool = True  # encode with the package gigatoken, where it is installed and agrees with tiktoken
@@ -204,52 +239,68 @@ class PrepareConfig:
     workers: int | None = None  # processes, the result is the same for any number (one per core)
 
     def __post_init__(self) -> None:
+        check_out_dir(self.out_dir)
         if self.shard_tokens < 1:
             raise ValueError(f"shard_tokens={self.shard_tokens} must be at least 1")
+        if self.shard_tokens > MAX_SHARD_TOKENS:
+            raise ValueError(f"shard_tokens={self.shard_tokens} must be at most {MAX_SHARD_TOKENS}")
         if self.val_tokens is not None and self.val_tokens < 0:
             raise ValueError(f"val_tokens={self.val_tokens} must be at least 0")
+        # More only take memory, 0.1 GB each.
+        max_workers = max(64, 2 * num_cores())
+        if self.workers is not None and self.workers > max_workers:
+            raise ValueError(f"workers={self.workers} must be at most {max_workers} on this machine")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers={self.workers} must be at least 1")
-        if self.val_source and self.val_tokens is not None:
+        if self.val_source is not None and self.val_tokens is not None:
             raise ValueError(f"val_source={self.val_source} is used whole; leave out val_tokens")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files to tokenize. The first n_val_files of them, or else the first val_tokens tokens, are the val split."""
+    """Files to tokenize. The val split is files.val, or else the first val_tokens tokens of files.train."""
 
-    paths: list[str]
-    sizes: list[int]  # bytes
-    n_val_files: int
+    files: SplitFiles
     val_tokens: int
 
-    @property
-    def is_one_text(self) -> bool:
-        """A single document, which has to be cut to leave something for both splits."""
-        return len(self.paths) == 1 and text_format(self.paths[0]) in (".txt", ".md")
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """Of all files in reading order, those of the val split first."""
+        return [file.path for file in self.files.val + self.files.train]
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        return [file.size for file in self.files.val + self.files.train]
+
+    def may_be_cut(self, file: int) -> bool:
+        """Whether the val split may end inside this file: a text that is the last one, or much larger than wanted."""
+        is_last = file == len(self.paths) - 1
+        is_large = self.sizes[file] > CUT_BYTES_PER_TOKEN * self.val_tokens
+        return text_format(self.paths[file]) in (".txt", ".md") and (is_last or is_large)
 
 
 def find_source(cfg: PrepareConfig) -> Source:
     """The files of --source and --val_source and how they are split."""
-    from fsspec.core import url_to_fs
-
     subset = "sample-10BT" if cfg.source == FINEWEB_EDU and cfg.subset is None else cfg.subset
-    files = find_files(cfg.source, subset, cfg.split)
-    val_files = []
-    if cfg.val_source:
-        val_files = find_files(cfg.val_source, subset, cfg.split)
-    elif cfg.val_tokens is None and len(files) > 1:
-        # Many datasets have val-00.jsonl next to train-00.jsonl.
-        val_files = [file for file in files if os.path.basename(file).startswith("val")]
-        files = [file for file in files if file not in val_files]
-    sizes = []
-    for file in val_files + files:
-        fs, name = url_to_fs(file)
-        sizes.append(fs.size(name) or 0)
+    listing = find_files(cfg.source, subset, cfg.split, cfg.out_dir)
+    if cfg.val_source is not None:
+        val_listing = find_files(cfg.val_source, subset, cfg.split, cfg.out_dir)
+        files = assign_splits(listing, val_listing, "val_source")
+    else:
+        files = assign_splits(listing, val_option="" if cfg.val_tokens is None else "val_tokens")
+    if not files.train:
+        names = first_names([file.name for file in listing.files])
+        raise ValueError(
+            f"source {cfg.source!r} leaves nothing to train on, its files are for validation or test: {names}; "
+            "to train on some of them nevertheless, name them alone"
+        )
+    n_bytes = sum(file.size for file in files.train)
     val_tokens = cfg.val_tokens
     if val_tokens is None:
-        val_tokens = 0 if val_files else min(10_000_000, max(1, sum(sizes) // 100))
-    return Source(val_files + files, sizes, len(val_files), val_tokens)
+        val_tokens = 0 if files.val else min(10_000_000, max(1, n_bytes // 100))
+    if 0 < n_bytes * MAX_TOKENS_PER_BYTE < val_tokens:
+        raise ValueError(f"val_tokens={val_tokens} is more than the source holds: {n_bytes:,} bytes; lower it")
+    return Source(files, val_tokens)
 
 
 def prepare(cfg: PrepareConfig) -> None:
@@ -258,6 +309,7 @@ def prepare(cfg: PrepareConfig) -> None:
     # Load the vocabulary first, so that a failure leaves no folder behind.
     tokenizer = Encoder(options).tokenizer
     source = find_source(cfg)
+    print("\n".join(source.files.summary()), flush=True)
     # Stands for the list of files in the job: another list is another dataset.
     listing = hashlib.sha256(json.dumps([source.paths, source.sizes]).encode()).hexdigest()[:16]
     job = {
@@ -274,9 +326,11 @@ def prepare(cfg: PrepareConfig) -> None:
         writer = ShardWriter(Path(cfg.out_dir), job, tokenizer.info(), cfg.shard_tokens)
         if not writer.is_finished:
             first_chunk = itertools.islice(read_chunks(source.paths, cfg.text_key), 1)
-            options = replace(options, use_fast=cfg.fast and check_fast_encoder(options, first_chunk))
+            if cfg.fast:
+                options = choose_encoder(options, first_chunk)
             chunks = read_chunks(source.paths, cfg.text_key, writer.position)
-            write_splits(writer, source, encode_chunks(chunks, options, cfg.workers or num_cores()), cfg.on_error)
+            encoded = encode_chunks(chunks, options, cfg.workers or num_cores())
+            write_splits(writer, source, stoppable(encoded), cfg.on_error)
             if not writer.num_tokens("train"):
                 val_tokens = writer.num_tokens("val")
                 writer.discard()
@@ -286,11 +340,44 @@ def prepare(cfg: PrepareConfig) -> None:
                 )
             metadata = {
                 "source": cfg.source,
+                "files": source.files.record(),
                 "encoder": encoder_version(tokenizer, options.use_fast),
                 "skipped": writer.progress["skipped"],
             }
+            if "val_cut" in writer.progress:
+                metadata["val_cut"] = writer.progress["val_cut"]
             writer.finish(metadata, end=Position(file=len(source.paths)))
+        if "val_cut" in writer.progress:
+            print(shown(writer.progress["val_cut"]))
     info(DatasetConfig(cfg.out_dir))
+
+
+def stoppable(encoded: Generator[tuple[Chunk, Encoded]]) -> Iterator[tuple[Chunk, Encoded]]:
+    """The same chunks, until SIGTERM or Ctrl-C: then the workers are ended in order, and so is this process."""
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        # From now on the default applies, so that a second signal ends a process that hangs.
+        signal.signal(number, signal.SIG_DFL)
+
+    # An exception here, as Ctrl-C raises one, could interrupt any line, also one of a library that cannot cope with it.
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for item in encoded:
+            if received:
+                break
+            yield item
+    except ChildProcessError:
+        # The signal may have gone to the workers as well.
+        if not received:
+            raise
+    finally:
+        encoded.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        sys.exit(say_stopped(received[0]))
 
 
 def write_splits(
@@ -301,36 +388,90 @@ def write_splits(
     bytes_before = [0, *itertools.accumulate(source.sizes)]
     # Tokens of that record, and perhaps of later ones, that earlier runs have written.
     n_written = writer.position.token
+    written = writer.last_tokens(n_written)
     with tqdm(total=bytes_before[-1], unit="B", unit_scale=True, desc="prepare", disable=None) as bar:
         for chunk, (tokens, n_empty, faults) in encoded:
-            messages = [f"{source.paths[chunk.file]}:{record + 1}: {reason}" for record, reason in faults]
+            path = source.paths[chunk.file]
+            messages = [f"{path}:{record + 1}: {reason}" for record, reason in faults]
             if messages and on_error == "stop":
                 raise ValueError(f"{messages[0]} (--on_error=skip leaves such records out and counts them)")
             begin = min(n_written, len(tokens))
             n_written -= begin
-            val_end = begin + count_val_tokens(writer, source, chunk.file, tokens[begin:])
+            if not np.array_equal(written[:begin], tokens[:begin]):
+                raise ValueError(f"{path} has changed since this run began; delete {writer.folder} to start over")
+            written = written[begin:]
+            val_end = max(begin, find_val_end(writer, source, chunk, tokens, begin))
             writer.add("val", tokens[begin:val_end], Position(chunk.file, chunk.record, begin))
-            writer.progress["val_full"] = val_end < len(tokens)
+            if val_end < len(tokens):
+                # Not before, or a run killed in between would put the rest of this val part into train.
+                writer.progress["val_full"] = True
             writer.add("train", tokens[val_end:], Position(chunk.file, chunk.record, val_end))
             skipped["empty"] += n_empty
             skipped["faulty"] += len(faults)
             # Twenty are enough to see what is wrong with a source.
             skipped["first"] += messages[: 20 - len(skipped["first"])]
             bar.update(bytes_before[chunk.file] + chunk.bytes_read - bar.n)
-            bar.set_postfix_str(f"{len(writer.progress['shards'])} shards")
+            # Without refresh, which would draw the bar for each of a million small files.
+            bar.set_postfix_str(f"{len(writer.progress['shards'])} shards", refresh=False)
 
 
-def count_val_tokens(writer: ShardWriter, source: Source, file: int, tokens: np.ndarray) -> int:
-    """How many of the next tokens belong to the val split: whole documents until it is full."""
-    if source.n_val_files or writer.progress.get("val_full"):
-        return len(tokens) if file < source.n_val_files else 0
-    missing = source.val_tokens - writer.num_tokens("val")
-    # The split may end before the first token or after any document; a single document may be cut anywhere.
-    is_end = np.ones(len(tokens), bool) if source.is_one_text else tokens == writer.tokenizer["eot_id"]
-    possible_ends = np.append(0, np.flatnonzero(is_end) + 1)
-    if possible_ends[-1] < missing:
-        return len(tokens)
-    return int(possible_ends[np.searchsorted(possible_ends, missing)])
+def find_val_end(writer: ShardWriter, source: Source, chunk: Chunk, tokens: np.ndarray, begin: int) -> int:
+    """How many tokens of a chunk belong to the val split: whole documents until it is full.
+
+    The first `begin` of them are written already. The answer is the same for any `begin`.
+    """
+    if source.files.val:
+        return len(tokens) if chunk.file < len(source.files.val) else 0
+    if writer.progress.get("val_full"):
+        return 0
+    eot_id = writer.tokenizer["eot_id"]
+    missing = source.val_tokens - writer.num_tokens("val") + begin
+    previous = writer.last_tokens(1)
+    begins_document = begin == 0 and (not len(previous) or previous[0] == eot_id)
+    # Ids of chunks:NAME may be a single document.
+    has_no_end = chunk.kind in ("json", "values") and eot_id not in tokens and not writer.num_documents("val")
+    may_be_cut = has_no_end or source.may_be_cut(chunk.file)
+    # Of a wanted size the split may miss half at either side.
+    tolerance = source.val_tokens // 2
+    if begins_document and missing <= (tolerance if may_be_cut else 0):
+        val_end = 0
+    elif may_be_cut:
+        text = tokens[:-1] if len(tokens) and tokens[-1] == eot_id else tokens
+        if len(text) <= missing:
+            return len(tokens)
+        val_end, place = cut_text(load_tokenizer(writer.tokenizer), text, max(0, missing), tolerance)
+        n_val_tokens = source.val_tokens - missing + val_end
+        name = (source.files.val + source.files.train)[chunk.file].name
+        writer.progress["val_cut"] = f"val ends inside {name}, {place}, after {n_val_tokens:,} tokens"
+    else:
+        ends = np.flatnonzero(tokens == eot_id) + 1
+        ends = ends[ends >= missing]
+        if not len(ends):
+            return len(tokens)
+        val_end = int(ends[0])
+    return val_end
+
+
+# Where a text may be cut, best first: after a match of the pattern.
+CUTS = {
+    "between two paragraphs": rb"\n(?:[ \t\r]*\n)+",
+    "at the end of a line": rb"\n",
+    "in the middle of a line": rb"(?=[^\x80-\xbf])",  # not within a character of UTF-8
+}
+
+
+def cut_text(tokenizer: Tokenizer, tokens: np.ndarray, wanted: int, tolerance: int) -> tuple[int, str]:
+    """(number of tokens, which of CUTS) for a cut near `wanted` tokens, at most `tolerance` away from it."""
+    first = max(0, wanted - tolerance)
+    pieces = [tokenizer.token_bytes(token) for token in tokens[first : wanted + tolerance].tolist()]
+    # Bytes before each token.
+    offsets = np.cumsum([0, *map(len, pieces)])[:-1]
+    for place, pattern in CUTS.items():
+        ends = [match.end() for match in re.finditer(pattern, b"".join(pieces))]
+        cuts = first + np.flatnonzero(np.isin(offsets, ends))
+        if len(cuts):
+            return int(cuts[np.argmin(np.abs(cuts - wanted))]), place
+    return wanted, place
 
 
 # ---- download --------------------------------------------------------------------------------------------------------
@@ -343,6 +484,7 @@ class DownloadConfig:
     num_shards: int = 100  # train shards; 100 of FineWeb-Edu are 10B tokens
 
     def __post_init__(self) -> None:
+        check_out_dir(self.out_dir)
         if self.num_shards < 1:
             raise ValueError(f"num_shards={self.num_shards} must be at least 1")
 
@@ -369,7 +511,8 @@ def download(cfg: DownloadConfig) -> None:
         info(DatasetConfig(cfg.out_dir))
     else:
         # No llm.c shards: Arrow or parquet rows of gpt2 tokens, as the original 416M recipe published them.
-        source = f"hf://datasets/{cfg.repo}@{progress['revision']}/**/*.{{arrow,parquet}}"
+        files = f"hf://datasets/{cfg.repo}@{progress['revision']}/**/*"
+        source = ", ".join(files + suffix for suffix in progress["row_formats"])
         prepare(PrepareConfig(source, cfg.out_dir, text_key="input_ids", tokenizer="chunks:gpt2"))
 
 
@@ -385,6 +528,9 @@ def announce_shards(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     files.sort(key=lambda file: file.rfilename)
     val_files = [file for file in files if "val" in Path(file.rfilename).name]
     train_files = [file for file in files if file not in val_files]
+    row_formats = sorted({Path(file.rfilename).suffix for file in listing.siblings or []} & {".arrow", ".parquet"})
+    if not files and not row_formats:
+        raise ValueError(f"{repo} holds neither llm.c shards (.bin) nor rows of token ids (.arrow, .parquet)")
     if files and (not val_files or len(train_files) < num_shards):
         raise ValueError(
             f"num_shards={num_shards}, but {repo} has {len(train_files)} train and {len(val_files)} val shards"
@@ -406,7 +552,7 @@ def announce_shards(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"{repo} needs {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free; lower --num_shards")
-    progress = {"job": dict(job), "revision": listing.sha, "shards": shards}
+    progress = {"job": dict(job), "revision": listing.sha, "shards": shards, "row_formats": row_formats}
     if shards:
         write_json(folder / "progress.json", progress)
     return progress
@@ -467,6 +613,9 @@ def file_sha256(path: Path) -> str:
 class SampleConfig:
     out_dir: str = "data/sample"  # folder of the dataset
 
+    def __post_init__(self) -> None:
+        check_out_dir(self.out_dir)
+
 
 def sample(cfg: SampleConfig) -> None:
     """Write the language reference inside every CPython (pydoc_data.topics) as bytes: 0.45 MB of English."""
@@ -512,6 +661,9 @@ def sample_documents() -> tuple[list[str], list[str]]:
 class DatasetConfig:
     out_dir: str = "data/fineweb_edu"  # folder of the dataset
 
+    def __post_init__(self) -> None:
+        check_out_dir(self.out_dir)
+
 
 def verify(cfg: DatasetConfig) -> None:
     """Read every byte: header, size, sha256, token range, documents. Exit code 1 and a list if something is wrong."""
@@ -523,8 +675,8 @@ def verify(cfg: DatasetConfig) -> None:
     names = {shard["file"] for shard in meta["shards"]}
     faults += [f"{path.name}: not in meta.json" for path in sorted(folder.glob("*.bin")) if path.name not in names]
     for fault in faults:
-        print(visible(fault))
-    print(f"{folder}: {len(names)} shards, " + (f"{len(faults)} faults" if faults else "all sound"))
+        print(shown(fault))
+    print(f"{shown(folder)}: {len(names)} shards, " + (f"{len(faults)} faults" if faults else "all sound"))
     if faults:
         sys.exit(1)
 
@@ -555,8 +707,8 @@ def find_faults(folder: Path, shard: Mapping[str, Any], tokenizer: Mapping[str, 
 def info(cfg: DatasetConfig) -> None:
     """Print what a dataset holds, and its first 100 tokens as text."""
     dataset = TokenDataset(cfg.out_dir)
-    print(f"{cfg.out_dir}: {dataset.meta.get('source', 'unknown source')}")
-    print(f"  tokenizer {dataset.tokenizer['name']}, {dataset.vocab_size:,} tokens, {dataset.dtype.name}")
+    print(f"{shown(cfg.out_dir)}: {shown(dataset.meta.get('source', 'unknown source'))}")
+    print(f"  tokenizer {shown(dataset.tokenizer['name'])}, {dataset.vocab_size:,} tokens, {dataset.dtype.name}")
     for split in ("train", "val"):
         shards = dataset.shards(split)
         tokens = sum(shard["tokens"] for shard in shards)
@@ -575,5 +727,20 @@ def info(cfg: DatasetConfig) -> None:
     print("  begins: " + visible(text))
 
 
+def say_stopped(number: int) -> int:
+    """Print that a signal stopped the command. Returns the exit code, which is that of training.py."""
+    message = f"data_pipeline.py: stopped by {signal.Signals(number).name}; run the same command again to continue"
+    # Not print: the signal may have interrupted one.
+    os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
+    return 130 if number == signal.SIGINT else 75
+
+
+def stop(number: int, _frame: object) -> NoReturn:
+    # Not sys.exit, which would wait for the threads of a download. Everything here survives a kill.
+    os._exit(say_stopped(number))
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     run_cli(lambda: run_subcommand(sample, download, prepare, verify, info))

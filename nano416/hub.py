@@ -1,7 +1,9 @@
-"""One error text for everything that downloads from or uploads to the Hugging Face Hub.
+"""One error text for everything that downloads from or uploads to the Hugging Face Hub, or reads a URL.
 
 with hub_errors("karpathy/fineweb-edu-100B-gpt2-token-shards"):
     hf_hub_download(...)
+with remote_errors("https://example.org/a.jsonl.gz"):
+    file.read()
 """
 
 import contextlib
@@ -42,11 +44,53 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise ConnectionError(f"{repo}: the Hub cannot be reached ({reason}); try again later") from error
 
 
+@contextlib.contextmanager
+def remote_errors(url: str) -> Iterator[None]:
+    """Turn what fsspec and its drivers raise into one line about `url`. Errors of local paths pass unchanged.
+
+    Raises ValueError if there is no such file, or no driver for it, and ConnectionError if the transfer fails.
+    """
+    if "://" not in url:
+        yield
+        return
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{url}: {error}{_driver_advice(url)}") from error
+    except ValueError as error:
+        if "range requests" not in str(error):
+            raise
+        raise ValueError(f"{url}: the server sends whole files only; download it and name the local file") from error
+    # The drivers (aiohttp, s3fs, gcsfs, the Hub's) have no common base class.
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        status = _status_code(error)
+        # For HTTP fsspec calls every failure a missing file; the error behind it tells what is wrong.
+        cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        is_unreachable = status not in (None, 404, 410) or isinstance(error.__cause__, OSError)
+        if status in (401, 403) or isinstance(error, PermissionError):
+            raise ValueError(f"{url}: no permission to read it ({reason})") from error
+        if isinstance(error, FileNotFoundError) and not is_unreachable:
+            raise ValueError(f"{url}: no such file ({reason})") from error
+        raise ConnectionError(f"{url}: cannot be read ({reason}); run the same command again to continue") from error
+
+
+def _driver_advice(url: str) -> str:
+    """`; pip install gcsfs` for gs://..., where fsspec knows the package."""
+    from fsspec.registry import known_implementations
+
+    package = known_implementations.get(url.partition("://")[0], {"class": "fsspec"})["class"].partition(".")[0]
+    return "" if package == "fsspec" else f"; pip install {package}"
+
+
 def _status_code(error: BaseException | None) -> int | None:
     """HTTP status of the answer behind `error` or behind one of its causes."""
     while error is not None:
-        response = getattr(error, "response", None)
-        if response is not None:
-            return response.status_code
+        # A dict in botocore. aiohttp has the number in the error itself.
+        status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", None))
+        if isinstance(status, int):
+            return status
         error = error.__cause__
     return None

@@ -9,12 +9,14 @@ tokenizer whose tokens differ from it.
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,14 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """Tokens [n] as uint32, without building a Python list."""
-        return self.encoding.encode_to_numpy(utf8(text).decode(), disallowed_special=())
+        text = utf8(text).decode()
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            # tiktoken gives up at a million spaces before a word: "Max stack size exceeded for backtracking". Only the
+            # last of them belongs to the word, for all of its encodings, so it may be cut off with the word.
+            parts = re.split(r"(?<!\s)([ \t]{100000,})(?=[ \t]\S)", text)
+            return np.concatenate([self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token; `<token 7>` for an unused id, which imported models may generate."""
@@ -97,42 +106,61 @@ class Tokenizer:
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, read by the package `tokenizers`."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, may_download: bool = True):
         try:
             import tokenizers
         except ImportError as error:
             raise ValueError(f"tokenizer {name!r} needs a package: pip install tokenizers") from error
         self.name = name
-        self.json_text = _find_tokenizer_json(name).read_text(encoding="utf-8")
+        path = _find_tokenizer_json(name, may_download)
         try:
+            self.json_text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"cannot load tokenizer {name!r}: {error}") from error
+        with _rust_errors(f"cannot load tokenizer {name!r}"):
             self.backend = tokenizers.Tokenizer.from_str(self.json_text)
-        except Exception as error:
-            # tokenizers raises bare Exceptions.
-            raise ValueError(f"cannot load tokenizer {name!r}: {str(error).splitlines()[0]}") from error
+            vocab = self.backend.get_vocab()
+        end_tokens = [token for token in END_TOKENS if token in vocab]
+        if not end_tokens:
+            raise ValueError(f"tokenizer {name!r} has no token to end documents with, none of {' '.join(END_TOKENS)}")
+        self.eot_id = vocab[end_tokens[0]]
+        data = json.loads(self.json_text)
+        for token in data.get("added_tokens", []):
+            if token["id"] == self.eot_id and not token["special"]:
+                # encode_special_tokens below needs it, or a document would end where its text spells the token.
+                token["special"] = True
+                self.backend = tokenizers.Tokenizer.from_str(json.dumps(data))
         # The file may prescribe the sequence length of its model, but documents have any length.
         self.backend.no_truncation()
         self.backend.no_padding()
         # True: encode the text of a special token as plain text.
         self.backend.encode_special_tokens = True
-        vocab = self.backend.get_vocab()
-        end_tokens = [token for token in END_TOKENS if token in vocab]
-        if not end_tokens:
-            raise ValueError(f"tokenizer {name!r} has no token to end documents with, none of {' '.join(END_TOKENS)}")
-        self.eot_id = vocab[end_tokens[0]]
         self.vocab_size = max(vocab.values()) + 1
-        data = json.loads(self.json_text)
         # Added tokens are stored as plain text, all others in the alphabet of byte-level BPE or SentencePiece.
-        added = {token["content"]: token["special"] for token in data["added_tokens"]}
-        is_byte_level = "ByteLevel" in json.dumps([data["pre_tokenizer"], data["decoder"]])
+        added = {token["content"]: token["special"] for token in data.get("added_tokens", [])}
+        is_byte_level = "ByteLevel" in json.dumps([data.get("pre_tokenizer"), data.get("decoder")])
         to_bytes = _byte_level_bytes if is_byte_level else _sentencepiece_bytes
-        self._bytes = {i: token.encode() if token in added else to_bytes(token) for token, i in vocab.items()}
+        try:
+            self._bytes = {i: token.encode() if token in added else to_bytes(token) for token, i in vocab.items()}
+        except KeyError as error:
+            message = f"its vocabulary is not byte-level BPE: the character {error} stands for no byte"
+            raise ValueError(f"cannot load tokenizer {name!r}: {message}") from error
         self._special_ids = {vocab[token] for token, is_special in added.items() if is_special}
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(utf8(text).decode(), add_special_tokens=False).ids
+        with _rust_errors(f"tokenizer {self.name!r}"):
+            return self.backend.encode(utf8(text).decode(), add_special_tokens=False).ids
 
     def encode_array(self, text: str) -> np.ndarray:
         return np.array(self.encode(text), np.uint32)
+
+    def encode_after(self, before: str, text: str) -> np.ndarray:
+        """Tokens [n] of a text that continues the text `before`."""
+        first = self.encode_array(before)
+        tokens = self.encode_array(before + text)
+        # Unless a token reaches over the border.
+        is_apart = np.array_equal(tokens[: len(first)], first)
+        return tokens[len(first) :] if is_apart else self.encode_array(text)
 
     def token_bytes(self, token: int) -> bytes:
         return self._bytes.get(token, b"<token %d>" % token)
@@ -147,17 +175,68 @@ class HuggingFaceTokenizer(Tokenizer):
         return hashlib.sha256(self.json_text.encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def _rust_errors(what: str) -> Iterator[None]:
+    """Turn what the package `tokenizers` raises into a ValueError: bare Exceptions, and panics of Rust."""
+    try:
+        yield
+    except BaseException as error:
+        # The class of panics cannot be imported. It is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+
+
+# What a tokenizer may lose -> a text that shows it.
+PROBES = {
+    "spaces": " two  spaces,   three, and one at the end ",
+    "line breaks and tabs": "one\n\ntwo\r\n\tthree\n",
+    "indentation": "if x:\n    for i in y:\n        z[i] += 1  # so\n",
+    "capitals": "NASA and McDonald",
+    "accents": "caf\u00e9 na\u00efve \u00c5ngstr\u00f6m \u0130stanbul cafe\u0301",
+    "digits": "1234567890 3.14159 1,000,000 0x1F",
+    "punctuation": "\"so\" 'so' (a) [b] {c} <d> a/b\\c @#$%^&*_-+=|~`?!;: don't we'll I'M",
+    "typographic characters": "\u201cso\u201d \u2018so\u2019 \u2014 \u2026 \ufb01 \u00b2 \u2167 \u00a0 \u3000 \uff21",
+    "other scripts": "\u732b\u3092 \u041f\u0440\u0438 \u0645\u0631 \u0939\u093f\u0928\u094d\u0926\u0940 \ud55c\uad6d",
+    "emoji": "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f",
+}
+
+
+def check_lossless(tokenizer: Tokenizer) -> None:
+    """Raise ValueError for a tokenizer whose tokens are not the text, or in whose text documents end by themselves.
+
+    Allowed are a space before the text, as Llama 2 has it, and other code points for the same characters (Unicode NFC,
+    as Qwen has it).
+    """
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return
+    name = tokenizer.name
+    for what, text in PROBES.items():
+        decoded = tokenizer.decode(tokenizer.encode(text))
+        allowed = [unicodedata.normalize("NFC", space + text) for space in ("", " ")]
+        if unicodedata.normalize("NFC", decoded) not in allowed:
+            raise ValueError(
+                f"tokenizer {name!r} loses {what}: {text!r} comes back as {decoded!r}; use one that keeps any text, "
+                "such as gpt2 or another byte-level BPE"
+            )
+    end = tokenizer.token_bytes(tokenizer.eot_id).decode("utf-8", "replace")
+    for text in (end, f"a {end} b", f"a{end}b", f"a\n{end}\n"):
+        if tokenizer.eot_id in tokenizer.encode(text):
+            raise ValueError(f"tokenizer {name!r} ends a document where its text spells {end!r}; use another one")
+
+
 def load_tokenizer(source: str | Mapping[str, Any]) -> Tokenizer:
     """Load a tokenizer by its name, or by the info() that meta.json and checkpoints record.
 
     A name is gpt2, bytes, any other tiktoken encoding, or a tokenizer.json: its path, its folder or a Hugging Face
-    model id. Raises ValueError if it does not exist, or if its vocabulary is not the one that the info() names.
+    model id. Raises ValueError if it does not exist, or if its vocabulary is not the one that the info() names. A model
+    id in an info() is looked up on this machine only: the author of a file must not learn when somebody opens it.
     """
     name = source if isinstance(source, str) else source["name"]
     if name == "bytes":
         tokenizer = Tokenizer(name, _bytes_encoding())
     elif "/" in name or name.endswith(".json"):
-        tokenizer = HuggingFaceTokenizer(name)
+        tokenizer = HuggingFaceTokenizer(name, may_download=isinstance(source, str))
     else:
         tokenizer = Tokenizer(name, _tiktoken_encoding(name))
     expected = None if isinstance(source, str) else source.get("sha256")
@@ -204,19 +283,30 @@ def _tiktoken_vocabulary(encoding: tiktoken.Encoding) -> list[tuple[int, bytes]]
     return sorted((encoding.encode_single_token(token), token) for token in encoding.token_byte_values())
 
 
-def _find_tokenizer_json(name: str) -> Path:
+def _find_tokenizer_json(name: str, may_download: bool) -> Path:
     path = Path(name)
     if path.is_dir():
         path = path / "tokenizer.json"
-    if path.exists():
+    if path.is_file():
         return path
+    if path.exists():
+        # Reading a pipe or /dev/zero would never end.
+        raise ValueError(f"cannot load tokenizer {name!r}: {path} is not a file")
     # A path that exists or ends in .json is not looked up as a repository of the Hub.
     if name.endswith(".json") or Path(name).exists():
         raise ValueError(f"cannot load tokenizer {name!r}: {path} does not exist")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     with hub_errors(name):
-        return Path(hf_hub_download(name, "tokenizer.json"))
+        if may_download:
+            return Path(hf_hub_download(name, "tokenizer.json"))
+        cached = try_to_load_from_cache(name, "tokenizer.json")
+    if not isinstance(cached, str):
+        raise ValueError(
+            f"tokenizer {name!r}, which the data or checkpoint was made with, is not on this machine; if you trust its "
+            f"source, fetch it with: hf download {name} tokenizer.json"
+        )
+    return Path(cached)
 
 
 def _gpt2_byte_alphabet() -> dict[str, int]:
@@ -240,15 +330,48 @@ def _sentencepiece_bytes(token: str) -> bytes:
     return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
 
 
-def fast_encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray] | None:
+def fast_encoder(tokenizer: Tokenizer, slow_characters: str = "") -> Callable[[str], np.ndarray] | None:
     """A much faster encode_array, or None: numpy for bytes, gigatoken for tiktoken's encodings if it is installed.
 
-    Callers first check its tokens against those of encode_array, see encode.check_fast_encoder.
+    A text with one of the `slow_characters` is left to encode_array. Callers first check the tokens against those of
+    encode_array, see encode.choose_encoder.
     """
     if tokenizer.name == "bytes":
         return lambda text: np.frombuffer(utf8(text), np.uint8)
-    scheme = GIGATOKEN_SCHEMES.get(tokenizer.name)
-    if scheme is None:
+    encode_bytes = (
+        None if isinstance(tokenizer, HuggingFaceTokenizer) else _gigatoken(tokenizer.name, tokenizer.encoding)
+    )
+    if encode_bytes is None:
+        return None
+    # The first byte of such characters -> their other bytes.
+    slow: dict[bytes, set[bytes]] = {}
+    for character in slow_characters:
+        data = character.encode()
+        slow.setdefault(data[:1], set()).add(data[1:])
+
+    def is_slow(data: bytes) -> bool:
+        for first, others in slow.items():
+            # A search for one byte costs next to nothing, where a regular expression would take half of the time.
+            if first in data:
+                length = len(next(iter(others)))
+                if not others.isdisjoint([part[:length] for part in data.split(first)]):
+                    return True
+        return False
+
+    def encode(text: str) -> np.ndarray:
+        data = utf8(text)
+        if is_slow(data):
+            return tokenizer.encode_array(text)
+        return encode_bytes(data)
+
+    return encode
+
+
+# Cached because it takes 0.2 s for gpt2.
+@functools.cache
+def _gigatoken(name: str, encoding: tiktoken.Encoding) -> Callable[[bytes], np.ndarray] | None:
+    """gigatoken's version of a tiktoken encoding; None if it has none or is not installed."""
+    if name not in GIGATOKEN_SCHEMES:
         return None
     try:
         import gigatoken
@@ -256,8 +379,7 @@ def fast_encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray] | None:
         return None
     # tiktoken's own file format: the base64 of a token and its rank.
     with tempfile.NamedTemporaryFile("wb", suffix=".tiktoken") as file:
-        for token_id, token in tokenizer.vocabulary():
+        for token_id, token in _tiktoken_vocabulary(encoding):
             file.write(base64.b64encode(token) + b" %d\n" % token_id)
         file.flush()
-        encoder = gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer=scheme)
-    return lambda text: encoder.encode(utf8(text))
+        return gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer=GIGATOKEN_SCHEMES[name]).encode

@@ -1,6 +1,7 @@
 """data_pipeline.py: every document once, the same shards for any number of workers and kills; bad input is one line."""
 
 import bz2
+import contextlib
 import errno
 import gzip
 import itertools
@@ -8,8 +9,10 @@ import json
 import lzma
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from data_pipeline import SampleConfig, sample
 from nano416 import encode, files, text_files, tokenizer
 from nano416.config import run_cli, run_subcommand
 from nano416.dataset import TokenDataset
-from nano416.text_files import find_files
+from nano416.sources import find_files
 from nano416.tokenizer import load_tokenizer
 
 
@@ -122,7 +125,8 @@ def test_a_text_file_is_one_document_whatever_the_pieces(tmp_path, monkeypatch):
         tokens = np.concatenate([all_tokens(tmp_path / f"{size}", split) for split in ("val", "train")])
         assert bytes(tokens[:-1].tolist()).decode() == text
         assert tokens[-1] == 256
-        assert len(all_tokens(tmp_path / f"{size}", "val")) == 500
+        assert 250 <= len(all_tokens(tmp_path / f"{size}", "val")) <= 750
+        assert (tmp_path / f"{size}/val_000000.bin").read_bytes()[-4:] == b"\n\0\n\0"
 
 
 def test_pieces_of_a_text_give_the_tokens_of_the_whole(monkeypatch, tmp_path):
@@ -132,6 +136,77 @@ def test_pieces_of_a_text_give_the_tokens_of_the_whole(monkeypatch, tmp_path):
     prepare(path, tmp_path / "d", tokenizer="gpt2", val_tokens=1000)
     tokens = np.concatenate([all_tokens(tmp_path / "d", split) for split in ("val", "train")])
     assert tokens[:-1].tolist() == load_tokenizer("gpt2").encode(path.read_text(encoding="utf-8"))
+
+
+def paragraphs(n_lines: int) -> str:
+    """A text of paragraphs of one to three lines, 23 bytes each."""
+    return "".join(f"line {i:06} of the text\n" + "\n" * (i % 3 == 0) for i in range(n_lines))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1000, 2**20])
+@pytest.mark.parametrize(
+    ("sizes", "val_tokens", "whole_books", "cut"),
+    [
+        ([1000], None, 0, ("0.txt", "paragraphs")),
+        ([1000, 1000], None, 0, ("0.txt", "paragraphs")),
+        ([10, 1000, 10], 1000, 1, ("1.txt", "paragraphs")),
+        ([40, 1000, 10], 1000, 1, None),
+        ([20] * 30, None, 1, None),
+        ([20] * 30, 1000, 3, None),
+        ([100, 100], 1000, 1, None),
+        ([100, 1000], 6000, 1, ("1.txt", "paragraphs")),
+    ],
+)
+def test_books_validate_whole_or_are_cut_between_paragraphs(
+    tmp_path, monkeypatch, capsys, chunk_bytes, sizes, val_tokens, whole_books, cut
+):
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", chunk_bytes)
+    (tmp_path / "books").mkdir()
+    for number, n_lines in enumerate(sizes):
+        (tmp_path / f"books/{number}.txt").write_text(paragraphs(n_lines))
+    prepare(tmp_path / "books", tmp_path / "d", val_tokens=val_tokens)
+    val, train = ("".join(map(chr, all_tokens(tmp_path / "d", split))).split("\u0100") for split in ("val", "train"))
+    assert val[:-1] == [paragraphs(n_lines) for n_lines in sizes[:whole_books]]
+    assert "\u0100".join(val) + "\u0100".join(train) == "".join(paragraphs(n_lines) + "\u0100" for n_lines in sizes)
+    said = json.loads((tmp_path / "d/meta.json").read_text()).get("val_cut")
+    if cut is None:
+        assert (val[-1], said) == ("", None)
+    else:
+        wanted = val_tokens or sum(map(len, map(paragraphs, sizes))) // 100
+        assert abs(len(all_tokens(tmp_path / "d", "val")) - wanted) <= max(100, wanted // 2)
+        assert val[-1].endswith("\n\n") and train[0].startswith("line")
+        assert all(word in said for word in cut)
+        assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "end"),
+    [
+        ("a line\n" * 3000, "at the end of a line", "\n"),
+        ("one line " * 3000, "in the middle of a line", ""),
+        ("猫" * 8000, "in the middle of a line", "猫"),
+        ("a line\r\n" * 3 + "\r\n" + "b line\r\n" * 3000, "at the end of a line", "\r\n"),
+        ("a\r\n\r\n" * 3000, "between two paragraphs", "\r\n\r\n"),
+    ],
+)
+def test_a_text_without_paragraphs_is_cut_at_the_next_best_place(tmp_path, text, place, end):
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    prepare(tmp_path / "x.txt", tmp_path / "d", val_tokens=6000)
+    val = bytes(all_tokens(tmp_path / "d", "val").tolist())
+    assert 3000 <= len(val) <= 9000
+    assert val.decode().endswith(end)
+    assert place in json.loads((tmp_path / "d/meta.json").read_text())["val_cut"]
+
+
+def test_a_document_in_several_chunks_is_not_cut(tmp_path, monkeypatch):
+    """Rows of ids are cut anywhere: the val split ends with a document, wherever the rows end."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken_cache")))
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 400)
+    stream = [50256 if i % 150 == 149 else i % 99 for i in range(3000)]
+    path = write_jsonl(tmp_path / "x.jsonl", [stream[i : i + 10] for i in range(0, 3000, 10)], key="ids")
+    prepare(path, tmp_path / "d", tokenizer="chunks:gpt2", text_key="ids", val_tokens=910)
+    val = all_tokens(tmp_path / "d", "val").tolist()
+    assert (len(val), val + all_tokens(tmp_path / "d", "train").tolist()) == (1050, stream)
 
 
 def test_val_files_of_a_folder_and_val_source(tmp_path):
@@ -147,13 +222,16 @@ def test_val_files_of_a_folder_and_val_source(tmp_path):
 def test_globs_and_braces_find_their_files_in_order(tmp_path):
     for i in range(12):
         write_jsonl(tmp_path / f"part-{i:02}.jsonl", ["x"])
-    assert [Path(f).name for f in find_files(f"{tmp_path}/part-{{08..10}}.jsonl")] == [
+    assert [file.name for file in find_files(f"{tmp_path}/part-{{08..10}}.jsonl").files] == [
         "part-08.jsonl",
         "part-09.jsonl",
         "part-10.jsonl",
     ]
-    assert len(find_files(f"{tmp_path}/part-0*.jsonl")) == 10
-    assert [Path(f).name for f in find_files(f"{tmp_path}/part-0{{3,1}}.jsonl")] == ["part-03.jsonl", "part-01.jsonl"]
+    assert len(find_files(f"{tmp_path}/part-0*.jsonl").files) == 10
+    assert [file.name for file in find_files(f"{tmp_path}/part-0{{3,1}}.jsonl").files] == [
+        "part-03.jsonl",
+        "part-01.jsonl",
+    ]
 
 
 def test_a_hugging_face_id_is_the_files_behind_it(source, tmp_path, monkeypatch):
@@ -282,7 +360,7 @@ def test_the_fast_encoder_writes_the_same_shards(tmp_path, monkeypatch):
 
 
 def test_a_fast_encoder_that_differs_is_not_used(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(encode, "fast_encoder", lambda _: lambda text: np.frombuffer(text.encode()[::-1], np.uint8))
+    monkeypatch.setattr(encode, "fast_encoder", lambda *_: lambda text: np.frombuffer(text.encode()[::-1], np.uint8))
     prepare(write_jsonl(tmp_path / "x.jsonl", DOCUMENTS), tmp_path / "d", val_tokens=0)
     assert texts_of(tmp_path / "d", "train") == DOCUMENTS
     assert "disagree" in capsys.readouterr().err
@@ -323,6 +401,16 @@ def test_a_source_that_cannot_be_read_is_named_and_leaves_nothing(tmp_path, case
     [
         ("prepare --shard_tokens=0", "shard_tokens=0 must be at least 1"),
         ("prepare --workers=0", "workers=0 must be at least 1"),
+        ("prepare --shard_tokens=1e18", "shard_tokens=1000000000000000000 must be at most 2147483647"),
+        ("prepare --shard_tokens=2147483648", "shard_tokens=2147483648 must be at most 2147483647"),
+        ("prepare --source= --out_dir={}/d --tokenizer=bytes", "source '' is empty"),
+        ("prepare --source={}/x.jsonl --val_source= --out_dir={}/d --tokenizer=bytes", "source '' is empty"),
+        ("prepare --source={}/x.jsonl --out_dir=", "out_dir is empty"),
+        ("prepare --workers=1e6", "workers=1000000 must be at most"),
+        (
+            "prepare --source={}/x.jsonl --out_dir={}/d --tokenizer=bytes --val_tokens=1e18",
+            "is more than the source holds",
+        ),
         ("prepare --val_tokens=-1", "val_tokens=-1 must be at least 0"),
         ("prepare --val_tokens=1 --val_source=x", "val_source=x is used whole"),
         ("prepare --shard-tokens=many", "shard_tokens expects int, got 'many'"),
@@ -400,6 +488,22 @@ def test_info_obeys_no_escape_sequences(tmp_path, capsys):
     assert r"\x1b[31mred\u202e" in out
 
 
+def test_nothing_from_a_file_is_obeyed_by_the_terminal(tmp_path, capsys):
+    (tmp_path / "s").mkdir()
+    for name in ("a\x1b[2J\na lie.jsonl", "b\u202e.jsonl", "c\x9b1m.csv"):
+        write_jsonl(tmp_path / "s" / name, ["one", "two"])
+    prepare(tmp_path / "s", tmp_path / "d", val_tokens=1)
+    meta = json.loads((tmp_path / "d/meta.json").read_text())
+    (tmp_path / "d/meta.json").write_text(json.dumps({**meta, "source": "evil\x1b]0;title\x07\n  val 1 token"}))
+    run("info", f"--out_dir={tmp_path}/d")
+    (tmp_path / "d/\x1b[31m.bin").touch()
+    with pytest.raises(SystemExit):
+        data_pipeline.verify(data_pipeline.DatasetConfig(str(tmp_path / "d")))
+    out = capsys.readouterr().out
+    assert not set(out) & set("\x1b\x07\x9b\u202e")
+    assert r"\x1b[2J\na lie.jsonl" in out and r"evil\x1b]0;title\x07\n" in out
+
+
 def test_help_names_every_option_and_needs_neither_torch_nor_datasets():
     _, said, _ = cli("prepare", "--help")
     for option in ("out_dir", "source", "val_source", "text_key", "tokenizer", "shard_tokens", "val_tokens", "workers"):
@@ -452,6 +556,107 @@ def test_prepare_killed_at_renames_ends_with_the_same_bytes(source, tmp_path, mo
     assert renames > 70
     whole, killed = ({p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in ("whole", "killed"))
     assert killed == whole
+
+
+BOOKS = {
+    "one": ([200], None),
+    "cut in the second": ([3, 400, 20], 1000),
+    "whole ones": ([20] * 9, 700),
+    "a long one": ([90, 90, 90], 2000),
+    "long documents of one file": ([90, 90, 90], 2000),
+}
+
+
+@pytest.mark.parametrize("case", BOOKS)
+def test_prepare_of_books_killed_at_renames_ends_with_the_same_bytes(tmp_path, monkeypatch, case):
+    sizes, val_tokens = BOOKS[case]
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 1500)
+    # The device's own speed is not the question here.
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    (tmp_path / "books").mkdir()
+    if case == "long documents of one file":
+        write_jsonl(tmp_path / "books/x.jsonl", list(map(paragraphs, sizes)))
+    else:
+        for number, n_lines in enumerate(sizes):
+            (tmp_path / f"books/{number}.txt").write_text(paragraphs(n_lines))
+    options = {"shard_tokens": 170, "val_tokens": val_tokens}
+    prepare(tmp_path / "books", tmp_path / "whole", **options)
+    replace, renames = os.replace, itertools.count(1)
+
+    def deadly(old: Path, new: Path) -> None:
+        replace(old, new)
+        if next(renames) % 5 == 0:
+            raise Killed
+
+    monkeypatch.setattr(os, "replace", deadly)
+    for _ in range(400):
+        with contextlib.suppress(Killed):
+            prepare(tmp_path / "books", tmp_path / "killed", **options)
+            break
+    whole, killed = ({p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in ("whole", "killed"))
+    assert killed == whole
+
+
+def interrupted(source: Path, folder: Path, monkeypatch, **options: Any) -> None:
+    """prepare that is killed after some shards."""
+    with monkeypatch.context() as patch:
+        replace, renames = os.replace, itertools.count(1)
+
+        def deadly(old: Path, new: Path) -> None:
+            replace(old, new)
+            if next(renames) == 8:
+                raise Killed
+
+        patch.setattr(os, "replace", deadly)
+        with pytest.raises(Killed):
+            prepare(source, folder, **options)
+
+
+def test_a_source_replaced_by_another_text_of_its_size_is_noticed(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "x.jsonl", DOCUMENTS)
+    text = path.read_text()
+    options = {"shard_tokens": 1000, "val_tokens": 1500}
+    interrupted(path, tmp_path / "d", monkeypatch, **options)
+    path.write_text(text.replace("word", "text"))
+    with pytest.raises(ValueError, match=r"x\.jsonl has changed since this run began; delete .*/d to start over"):
+        prepare(path, tmp_path / "d", **options)
+    # A copy is the same text, whatever its time.
+    path.unlink()
+    path.write_text(text)
+    os.utime(path, (0, 0))
+    prepare(path, tmp_path / "d", **options)
+    assert texts_of(tmp_path / "d", "val") + texts_of(tmp_path / "d", "train") == DOCUMENTS
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_signal_is_one_line_and_leaves_no_worker(tmp_path, number, exit_code, workers):
+    source = tmp_path / "x.txt"
+    source.write_text(paragraphs(250_000))
+    options = [f"--source={source}", f"--out_dir={tmp_path}/d", "--tokenizer=bytes", "--shard_tokens=100K"]
+    # In a session of its own, as behind a terminal, whose Ctrl-C reaches all of its processes.
+    command = [sys.executable, str(ROOT / "data_pipeline.py"), "prepare", *options, f"--workers={workers}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "d/train_000003.bin").exists():
+        time.sleep(0.01)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    name = signal.Signals(number).name
+    assert error.strip() == f"data_pipeline.py: stopped by {name}; run the same command again to continue"
+    assert process.returncode == exit_code
+    # The process that multiprocessing keeps for its semaphores ends a moment later.
+    deadline = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    assert not (tmp_path / "d/meta.json").exists()
+    assert cli("prepare", *options, "--workers=1")[0] == 0
+    prepare(source, tmp_path / "whole", shard_tokens=100_000)
+    assert hashes(tmp_path / "d") == hashes(tmp_path / "whole")
 
 
 @pytest.mark.slow

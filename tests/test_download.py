@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.server
 import json
+import signal
 import struct
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from conftest import ROOT, shared
+from conftest import ROOT, changed, shared
 from processes import Process, python
 from shards import all_tokens, hashes, kill_20_times
 
@@ -101,7 +102,9 @@ def hub(tmp_path):
 
 def download(hub_env: dict[str, str], folder: Path, *options: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of the command."""
-    return python("data_pipeline.py", "download", "--repo=me/shards", f"--out_dir={folder}", *options, **hub_env)
+    return python(
+        "data_pipeline.py", "download", *changed(["--repo=me/shards", f"--out_dir={folder}"], *options), **hub_env
+    )
 
 
 def open_loader(folder: Path) -> TokenLoader:
@@ -208,6 +211,36 @@ def test_training_does_not_wait_for_a_download_that_stopped(hub, tmp_path):
         for _ in range(3 * 399 // 50):
             loader.next_batch()
     loader.close()
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_is_one_line_at_once_and_the_download_continues(hub, tmp_path, number, exit_code):
+    env, server = hub
+    server.delay_s = 2
+    options = ["download", "--repo=me/shards", "--num_shards=3", f"--out_dir={tmp_path}/d"]
+    process = Process(["data_pipeline.py", *options], **env)
+    while not server.asked:
+        time.sleep(0.02)
+    started = time.monotonic()
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - started < 1.5
+    name = signal.Signals(number).name
+    assert error.strip() == f"data_pipeline.py: stopped by {name}; run the same command again to continue"
+    assert process.returncode == exit_code
+    server.delay_s = 0
+    assert download(env, tmp_path / "d", "--num_shards=3")[0] == 0
+    assert len(hashes(tmp_path / "d")) == 4
+
+
+def test_a_repository_without_tokens_is_refused(hub, tmp_path):
+    env, server = hub
+    server.files.clear()
+    server.files["README.md"] = b"# Nothing"
+    code, _, error = download(env, tmp_path / "d")
+    assert (code, error.count("\n")) == (2, 1), error
+    assert "me/shards holds neither llm.c shards (.bin) nor rows of token ids (.arrow, .parquet)" in error
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize(
