@@ -36,7 +36,7 @@ from nano416.config import format_value, from_dict, parse_config, run_cli, unkno
 from nano416.devices import pick_device
 from nano416.generate import Decode, Sampling, decode_cached, decode_uncached, generate, next_logits
 from nano416.quantize import CompiledDecoder, bytes_per_token, memory_bandwidth, quantize_
-from nano416.tokenizer import Tokenizer, load_tokenizer
+from nano416.tokenizer import Tokenizer
 
 # The prompt of /bench and /compare.
 PROMPT = "The meaning of life is"
@@ -45,6 +45,10 @@ BENCH_TOKENS = 128
 # Fewer than for /bench: without a cache each token is a forward pass over all of the text before it.
 COMPARE_TOKENS = 64
 DIFFUSION_OPTIONS = ("steps", "block_length", "remasking", "guidance")
+# Far beyond what helps; much larger ones would overflow the logits.
+MAX_GUIDANCE = 1000.0
+# Characters of a line or prompt, twice as many as fill a context of a million tokens with English.
+MAX_PROMPT = 10_000_000
 # Options that /set cannot change.
 FIXED_OPTIONS = ("checkpoints", "prompt", "prompt_file", "json")
 FINISH = {"stop": "end of text", "length": "max_tokens reached", "interrupted": "interrupted"}
@@ -81,17 +85,11 @@ class ChatConfig:
             raise ValueError(f"expected one or two checkpoints, got {len(self.checkpoints)}")
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt_file exclude each other; leave one out")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {value}")
-        for name in ("max_tokens", "top_k", "steps", "block_length"):
+        if abs(self.guidance) > MAX_GUIDANCE:
+            raise ValueError(f"guidance must be from -{MAX_GUIDANCE:g} to {MAX_GUIDANCE:g}, got {self.guidance}")
+        # Raises ValueError for what is out of range.
+        self.sampling(self.seed or 0)
+        for name in ("max_tokens", "steps", "block_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -147,8 +145,7 @@ def load(path: str, cfg: ChatConfig) -> LoadedModel:
     device = pick_device(cfg.device)
     if cfg.compile and device.type != "cuda":
         raise ValueError(f"compile = true is for a GPU, the device is {device}; leave it out")
-    model, metadata = checkpoint.load_model(path, device)
-    tokenizer = load_tokenizer(metadata["tokenizer"])
+    model, tokenizer, metadata = checkpoint.load_model_and_tokenizer(path, device)
     dtype = cfg.dtype or ("fp32" if device.type == "cpu" else "bf16")
     quantize_(model, dtype)
     # The best number of threads depends on the model and the machine. A number that the user has set is kept.
@@ -557,26 +554,45 @@ def terminal_reader() -> Read:
 
 
 def pipe_reader(prompt: str) -> str:
-    """The next line of stdin, without showing a prompt. Raises EOFError."""
-    line = sys.stdin.readline() if sys.stdin is not None else ""
+    """The next line of stdin, without showing a prompt. Raises EOFError, or ValueError if the line is too long."""
+    if sys.stdin is None:
+        raise EOFError
+    line = sys.stdin.readline(MAX_PROMPT + 1)
     if not line:
         raise EOFError
+    if len(line) > MAX_PROMPT and not line.endswith("\n"):
+        # The rest of the line must not be taken for the next prompt.
+        while line and not line.endswith("\n"):
+            line = sys.stdin.readline(MAX_PROMPT)
+        raise ValueError(too_long("a line"))
     return line.removesuffix("\n")
 
 
+def too_long(what: str) -> str:
+    return f"{what} has more than {MAX_PROMPT:,} characters; give only the end of the text, which fits the context"
+
+
 def read_rest(line: str, read: Read) -> str:
-    """The whole prompt that begins with `line`: up to the closing quotes, or to a line without a final backslash."""
+    """The whole prompt that begins with `line`: up to the closing quotes, or to a line without a final backslash.
+
+    Raises ValueError if it is too long, once all of it is read.
+    """
+    quoted = line.startswith('"""')
+    lines = [line[3:] if quoted else line]
+    length = 0
     # If the input ends first, the prompt ends there.
     with contextlib.suppress(EOFError):
-        if line.startswith('"""'):
-            line = line[3:]
-            while not line.endswith('"""'):
-                line += "\n" + read("... ")
-            return line.removesuffix('"""')
-        while line.endswith("\\"):
-            line = line[:-1] + "\n"
-            line += read("... ")
-    return line
+        while not lines[-1].endswith('"""') if quoted else lines[-1].endswith("\\"):
+            length += len(lines[-1]) + 1
+            if length > MAX_PROMPT:
+                lines.clear()
+            lines.append(read("... "))
+    if length > MAX_PROMPT or length + len(lines[-1]) > MAX_PROMPT:
+        raise ValueError(too_long("the prompt"))
+    if quoted:
+        return "\n".join(lines).removesuffix('"""')
+    ending = "\n" if lines[-1].endswith("\\") else ""
+    return "\n".join(line.removesuffix("\\") for line in lines) + ending
 
 
 def repl(session: Session) -> None:
@@ -605,12 +621,20 @@ def read_prompt(cfg: ChatConfig) -> str | None:
     """The text of --prompt or --prompt_file, without the newline that ends a file."""
     if cfg.prompt_file is None:
         return cfg.prompt
+    # One character more than allowed tells a file that is too long, and /dev/zero, from others.
+    limit = MAX_PROMPT + 1
     try:
-        text = sys.stdin.read() if cfg.prompt_file == "-" else Path(cfg.prompt_file).read_text(encoding="utf-8")
+        if cfg.prompt_file == "-":
+            text = sys.stdin.read(limit) if sys.stdin is not None else ""
+        else:
+            with open(cfg.prompt_file, encoding="utf-8") as file:
+                text = file.read(limit)
     except OSError as error:
         raise ValueError(f"cannot open {cfg.prompt_file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{cfg.prompt_file} is not UTF-8 text") from error
+    if len(text) > MAX_PROMPT:
+        raise ValueError(too_long(cfg.prompt_file))
     return text.removesuffix("\n")
 
 

@@ -25,6 +25,7 @@ import math
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -40,11 +41,11 @@ from torch import Tensor, nn
 
 from model import Transformer
 from nano416 import checkpoint, distributed, files, metrics
-from nano416.config import parse_config, run_cli
+from nano416.config import parse_config, run_cli, visible
 from nano416.devices import device_name, pick_device
 from nano416.hub import hub_errors
 from nano416.scoring import Row, ScoringConfig, is_bidirectional, max_row_length, pack_context, score_rows
-from nano416.tokenizer import Tokenizer, load_tokenizer
+from nano416.tokenizer import Tokenizer
 
 DATA = "data/hellaswag_val.jsonl"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -117,15 +118,34 @@ def parse_items(lines: Iterable[bytes], path: str | Path) -> list[Item]:
 def _parse_item(line: bytes, where: str) -> Item:
     try:
         record = json.loads(line.decode("utf-8"))
-        context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-        item = Item(clean(context), [clean(ending) for ending in record["endings"]], int(record["label"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is not a HellaSwag item ({type(error).__name__}: {error})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"expected an object, got a {type(record).__name__}")
+        for key in ("activity_label", "ctx_a", "ctx_b"):
+            if not isinstance(record.get(key), str):
+                raise ValueError(f"{key} is not a text")
+        endings = record.get("endings")
+        if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
+            raise ValueError("endings is not a list of texts")
+        label = _parse_label(record.get("label"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not a HellaSwag item ({error})") from error
+    context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+    item = Item(clean(context), [clean(ending) for ending in endings], label)
     if len(item.endings) != 4 or not 0 <= item.label < 4:
         raise ValueError(f"{where} needs 4 endings and a label of 0..3, has {len(item.endings)} and {item.label}")
     if not all(item.endings):
         raise ValueError(f"{where}: ending {item.endings.index('')} is empty")
     return item
+
+
+def _parse_label(value: Any) -> int:
+    """The label of an item, which the Hub's copy of HellaSwag has as text. Raises ValueError."""
+    if isinstance(value, str) and re.fullmatch("[0-9]", value):
+        return int(value)
+    # type() and not isinstance(): true is no label.
+    if type(value) is not int:
+        raise ValueError(f"label {str(value)[:20]!r} is not an integer")
+    return value
 
 
 def clean(text: str) -> str:
@@ -146,7 +166,7 @@ def download(path: str | Path) -> None:
         items = parse_items(data.splitlines(), HUB)
     if len(items) != N_VALIDATION:
         raise ValueError(f"downloaded {len(items)} items instead of {N_VALIDATION}; pass a complete file as --data")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(Path(path).parent)
     with files.atomic_write(path) as file:
         file.write(data)
 
@@ -276,16 +296,31 @@ def read_scores(path: str) -> dict[str, Any]:
     """Read an --output file of one checkpoint. Raises ValueError for anything else."""
     try:
         scores = json.loads(Path(path).read_text(encoding="utf-8"))
-        # The files of --all hold a list of checkpoints and no items: they end in a KeyError.
-        needed = {"index", "label", "logprob_sums", "logprob_norms"}
-        is_output = all(needed <= item.keys() for item in scores["items"])
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (AttributeError, KeyError, TypeError, ValueError):
-        is_output = False
-    if not is_output:
-        raise ValueError(f"{path} is not an --output file of one checkpoint; write one with --checkpoint and --output")
-    return scores
+    except (ValueError, RecursionError):
+        scores = None
+    # The files of --all hold a list of checkpoints and no items.
+    if isinstance(scores, dict):
+        items = scores.get("items")
+        if isinstance(items, list) and items and all(map(_is_score, items)):
+            return scores
+    raise ValueError(f"{path} is not an --output file of one checkpoint; write one with --checkpoint and --output")
+
+
+def _is_score(item: Any) -> bool:
+    """Whether an entry of "items" is one that `accuracies` writes."""
+    if not isinstance(item, dict) or not all(type(item.get(key)) is int for key in ("index", "label")):
+        return False
+    for key in ("logprob_sums", "logprob_norms"):
+        values = item.get(key)
+        if not isinstance(values, list) or len(values) != 4 or not all(map(_is_finite, values)):
+            return False
+    return 0 <= item["label"] < 4
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < math.inf
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
@@ -297,7 +332,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         errors = [100 * scores[f"{rule}_stderr"] for scores in runs]
         axes.errorbar(steps, values, yerr=errors, marker="o", markersize=4, capsize=3, label=rule)
     axes.axhline(25, color="grey", linestyle=":", label="chance")
-    title = f"{path.parent.name}, {runs[0]['num_examples']:,} items"
+    title = f"{metrics.plain_label(path.parent.name)}, {runs[0]['num_examples']:,} items"
     axes.set(xlabel="step", ylabel="HellaSwag accuracy, %", title=title)
     axes.legend()
     metrics.save_figure(figure, path)
@@ -355,8 +390,7 @@ def load(path: str | Path, device: torch.device) -> tuple[Any, Any, dict[str, An
     """Load (model, tokenizer, metadata) of a checkpoint or of an hf: model."""
     if str(path).startswith("hf:"):
         return load_hugging_face(str(path)[3:], device)
-    model, metadata = checkpoint.load_model(path, device)
-    return model, load_tokenizer(metadata["tokenizer"]), metadata
+    return checkpoint.load_model_and_tokenizer(path, device)
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -412,7 +446,7 @@ def score_checkpoint(path: str | Path, items: list[Item], cfg: EvalConfig, dist:
     entry: dict[str, Any] = {"checkpoint": metadata["path"], "step": metadata["step"]}
     if dist.is_main:
         step = "" if metadata["step"] is None else f", step {metadata['step']}"
-        print(f"{metadata['path']}{step}\n{format_scores(scores)}")
+        print(visible(f"{metadata['path']}{step}\n{format_scores(scores)}"))
         print(f"{scores['items_per_s']:.1f} items/s on {device}", flush=True)
     if dist.is_main and cfg.output:
         entry["weights_sha256"] = weights_sha256(model)
@@ -444,14 +478,27 @@ def main(cfg: EvalConfig) -> None:
     # The other ranks wait for rank 0's download.
     distributed.barrier()
     items = load_items(cfg.data, cfg.num_examples)
-    runs = [score_checkpoint(path, items, cfg, dist) for path in paths]
-    if dist.is_main and cfg.all:
+    runs = []
+    failures = []
+    for path in paths:
+        try:
+            runs.append(score_checkpoint(path, items, cfg, dist))
+        except ValueError as error:
+            failures.append(str(error))
+            if not cfg.all:
+                raise
+            # One damaged checkpoint must not cost the scores of the others.
+            if dist.is_main:
+                print(visible(f"not scored: {error}"), file=sys.stderr, flush=True)
+    if dist.is_main and cfg.all and runs:
         image = Path(paths[0]).parent / "hellaswag.png"
         plot(runs, image)
-        print(f"wrote {image}")
-    if dist.is_main and cfg.output:
+        print(visible(f"wrote {image}"))
+    if dist.is_main and cfg.output and runs:
         files.write_text(cfg.output, json.dumps({"checkpoints": runs} if cfg.all else runs[0]) + "\n")
     distributed.shutdown()
+    if failures:
+        raise ValueError(f"{len(failures)} of {len(paths)} checkpoints could not be scored: {failures[0]}")
 
 
 if __name__ == "__main__":

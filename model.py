@@ -30,6 +30,11 @@ VOCAB_MULTIPLE = 128
 IGNORE_INDEX = -100
 # The keys of Llama 3's rope_scaling.
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# The largest sizes, beyond all published models (1,000 layers in arXiv:2203.00555, contexts of 10M tokens): a file may
+# claim any. 2,000 layers take 7 s to build, fp32 counts positions exactly up to 2**24, and no tensor of such widths has
+# more than 2**52 elements, of which torch can compute the bytes.
+MAX_SIZES = {"dim": 2**20, "n_layers": 2000, "n_heads": 2**16, "n_kv_heads": 2**16, "head_dim": 2**16}
+MAX_SIZES |= {"ffn_dim": 2**24, "vocab_size": 2**24, "seq_len": 2**24}
 
 
 # The default of sizes that follow from others: None until __post_init__ computes them (vocab_size: until training.py
@@ -62,6 +67,10 @@ class ModelConfig:
         for name in ("dim", "n_layers", "n_heads", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, limit in MAX_SIZES.items():
+            value = getattr(self, name)
+            if value is not None and value > limit:
+                raise ValueError(f"{name} must be at most {limit:,}, got {value:,}")
         if self.head_dim is None and self.dim % self.n_heads:
             raise ValueError(f"dim ({self.dim}) must be a multiple of n_heads ({self.n_heads})")
         derived = {"n_kv_heads": self.n_heads, "head_dim": self.dim // self.n_heads, "ffn_dim": 7 * self.dim // 2}

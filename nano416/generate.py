@@ -18,6 +18,9 @@ from model import KVCache, Transformer
 
 # cuDNN attention, the default on new GPUs, plans each new prompt length anew: 23-37 ms on the host.
 PREFILL_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Bounds of temperature and repetition penalty. Logits of up to 1e20 still fit into fp32 after both.
+MIN_FACTOR = 1e-6
+MAX_FACTOR = 1e6
 # Picks the next token [1] from logits [1, V].
 Draw = Callable[[Tensor], Tensor]
 # decode(model, context, draw) yields next tokens, at least until the context is full; the caller appends them to it.
@@ -35,6 +38,22 @@ class Sampling:
     repetition_penalty: float | None = None  # above 1: tokens of the context become less likely (arXiv:1909.05858)
     seed: int | None = None  # None draws differently each time
     stop_token: int | None = None  # ends the text and is not part of it
+
+    def __post_init__(self) -> None:
+        # Written so that NaN is refused too.
+        if self.temperature != 0 and not MIN_FACTOR <= self.temperature <= MAX_FACTOR:
+            raise ValueError(f"temperature must be 0 or from {MIN_FACTOR:g} to {MAX_FACTOR:g}, got {self.temperature}")
+        penalty = self.repetition_penalty
+        if penalty is not None and not MIN_FACTOR <= penalty <= MAX_FACTOR:
+            raise ValueError(f"repetition_penalty must be from {MIN_FACTOR:g} to {MAX_FACTOR:g}, got {penalty}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {value}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
 
 
 def decode_cached(model: Transformer, context: list[int], draw: Draw) -> Iterator[int]:
@@ -137,7 +156,10 @@ def generate_batch(
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one token per row of logits [B, V] -> [B]."""
+    """Draw one token per row of logits [B, V] -> [B]. Raises ValueError for logits that are not finite."""
+    # The largest is NaN if any is. -inf is the logit of padding alone.
+    if not logits.amax(-1).isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are broken; take another checkpoint")
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / sampling.temperature

@@ -10,7 +10,7 @@ and `config.seq_len`. A masked-diffusion model scores every ending separately, w
 
 # Tensor dimensions: B batch (rows), T tokens, D dim, V vocabulary, U scored positions, W most endings of a row
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -34,12 +34,13 @@ GPU_LOGIT_ROWS = 4096
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """How to score. All but `progress` concern masked-diffusion models; see diffusion.log_likelihood."""
+    """How to score. All but the last two concern masked-diffusion models; see diffusion.log_likelihood."""
 
     likelihood: Literal["chain", "mc", "counts"] = "chain"
     num_mc: int = 32  # Monte Carlo samples per ending, for mc and counts
     guidance: float = 0.0  # classifier-free guidance, away from the ending without its context
     progress: bool = False  # show a progress bar, if stderr is a terminal
+    between_batches: Callable[[], object] = lambda: None  # called equally often on every rank; what it raises ends it
 
 
 class Row(NamedTuple):
@@ -115,18 +116,21 @@ def score_rows(
         if is_bidirectional(model):
             scores = _score_masked_diffusion(model, rows, device, scoring)
         else:
-            scores = _score_autoregressive(model, rows, device, scoring.progress)
+            scores = _score_autoregressive(model, rows, device, scoring)
     model.train(was_training)
     return scores
 
 
-def _score_autoregressive(model: Transformer, rows: list[Row], device: torch.device, progress: bool) -> Scores:
+def _score_autoregressive(model: Transformer, rows: list[Row], device: torch.device, scoring: ScoringConfig) -> Scores:
     max_tokens = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
     # eval_hellaswag.HuggingFaceModel has a lower limit, since it computes the logits of all positions.
     max_tokens = min(max_tokens, getattr(model, "max_batch_tokens", max_tokens))
     batches = distributed.shard_list(list(make_batches(rows, max_tokens)), filler=[DUMMY])
+    results = []
     # tqdm(disable=None) shows the bar only on a terminal.
-    results = [score_batch(model, batch, device) for batch in tqdm(batches, unit="batch", disable=not progress or None)]
+    for batch in tqdm(batches, unit="batch", disable=not scoring.progress or None):
+        scoring.between_batches()
+        results.append(score_batch(model, batch, device))
     my_rows = [row for batch in batches for row in batch]
     counts = [len(row.endings) for row in my_rows]
     # Copied to the host once, after all batches, so that nothing waits for the device in between.
@@ -153,7 +157,12 @@ def _score_masked_diffusion(
     # Before the first pass: a rank that waits here could not take part in the passes of a sharded model.
     [most_passes] = distributed.all_reduce_max([n_passes])
     scores = []
-    for row in tqdm(my_rows, unit="row", disable=not scoring.progress or None):
+    for row in tqdm(padded, unit="row", disable=not scoring.progress or None):
+        # Ranks make different numbers of passes per row, and those of a sharded model wait for each other in each.
+        if not distributed.is_sharded(model):
+            scoring.between_batches()
+        if row is DUMMY:
+            continue
         logprobs = []
         greedy = []
         for i, ending in enumerate(row.endings, row.first):

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +82,20 @@ def error_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x", "--temperature=-1"], "temperature must be at least 0, got -1.0"),
+        (["x", "--temperature=-1"], "temperature must be 0 or from 1e-06 to 1e+06, got -1.0"),
         (["x", "--max_tokens=0"], "max_tokens must be at least 1, got 0"),
         (["x", "--top_k=0"], "top_k must be at least 1, got 0"),
         (["x", "--top_p=1.5"], "top_p must be from 0 to 1, got 1.5"),
         (["x", "--min_p=2"], "min_p must be from 0 to 1, got 2"),
-        (["x", "--repetition_penalty=0"], "repetition_penalty must be above 0, got 0"),
+        (["x", "--repetition_penalty=0"], "repetition_penalty must be from 1e-06 to 1e+06, got 0"),
         (["x", "--seed=-2"], "seed must be from 0 to 2**63 - 1, got -2"),
         (["x", "--dtype=fp8"], "dtype expects {fp32,bf16,int8} or none, got 'fp8'"),
         (["x", "--temprature=1"], "unknown option --temprature; did you mean --temperature?"),
         (["x", "--compile"], "compile = true is for a GPU, the device is cpu"),
         (["x", "--device=tpu9"], "device 'tpu9' cannot be used here"),
+        (["x", "--device=meta"], "device 'meta' cannot be used here"),
+        (["x", "--device=hpu"], "device 'hpu' cannot be used here"),
+        (["x", "--guidance=1e300"], "guidance must be from -1000 to 1000, got 1e+300"),
         (["x", "--device=cuda:77"], "device 'cuda:77' cannot be used here"),
         (["x", "--prompt=a", "--prompt_file=b"], "--prompt and --prompt_file exclude each other"),
         (["x", "--prompt_file=none.txt"], "cannot open none.txt: No such file or directory"),
@@ -312,6 +315,68 @@ def test_set_changes_an_option_and_reloads_the_model_for_another_dtype(
     assert "prompt" not in shown
 
 
+def test_odd_settings_are_one_line_each_and_the_session_lives(
+    paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("temperature", "repetition_penalty", "top_k", "top_p", "min_p", "seed", "guidance", "steps")
+    values = ("1e-320", "1e300", "1e-300", "nan", "-1", "inf", "1e30", "[1]")
+    lines = [f"/set {name} {value}\nThe sky\n" for name in names for value in values]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join([*lines, "/set seed none\n/set\n"])))
+    run_chat(paths[0], "--max_tokens=2")
+    out, error = capsys.readouterr()
+    assert "temperature 0.8\n" in out
+    assert all(line.startswith("error: ") for line in error.splitlines())
+    assert error.count("\n") > 50
+
+
+def write_biased_checkpoint(folder: Path, token: int, weight: float) -> str:
+    """A model whose every token is `token`: all blocks add nothing and the head prefers it by `weight`."""
+    shape = replace(SHAPE, tie_embeddings=False)
+    model = Transformer(shape)
+    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    state["embed_tokens.weight"][:] = 1.0
+    state["norm.weight"][:] = 1.0
+    state["lm_head.weight"][token] = weight
+    return write_checkpoint(folder, config={"model": config.to_dict(shape)}, model=state)
+
+
+def test_weights_that_are_not_finite_are_one_line_and_the_session_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = write_biased_checkpoint(tmp_path / "nan", 5, float("nan"))
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("The sky\n/set temperature 0\nThe sky\n/bench\n/compare\n/set top_k\n")
+    )
+    run_chat(broken)
+    out, error = capsys.readouterr()
+    message = "error: the model's logits are not finite: its weights are broken; take another checkpoint"
+    assert error.splitlines() == [message] * 4
+    assert out.endswith("top_k 50\n")
+    assert "logits are not finite" in error_of(broken, "--prompt=The sky", capsys=capsys)
+
+
+def test_escape_sequences_that_a_model_writes_do_not_reach_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    escape = write_biased_checkpoint(tmp_path / "esc\x1b[2J", 0x1B, 10.0)
+    lines = "The sky\n/probs\n/compare\n/bench\n/set top_k 3\n/nonsense\x1b\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    run_chat(escape, escape, "--max_tokens=3")
+    run_chat(escape, escape, "--max_tokens=3", "--prompt=\x1b[2J")
+    run_chat(escape, "--max_tokens=3", "--prompt=The sky", "--json")
+    out, error = capsys.readouterr()
+    assert "\\x1b\\x1b\\x1b\n" in out
+    assert "\x1b" not in out + error
+
+
+def test_newlines_and_tabs_that_a_model_writes_are_kept(
+    paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replay(monkeypatch, list(b"a\n\tb\r\x1b[2J"))
+    session_of(paths[0]).ask("x")
+    assert capsys.readouterr().out == "a\n\tb\\x0d\\x1b[2J\n"
+
+
 def test_probs_lists_the_probability_of_each_token(paths: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     session = session_of(paths[0], seed=1)
     session.ask("The sky")
@@ -428,3 +493,28 @@ def test_a_prompt_may_have_several_lines(lines: list[str], text: str) -> None:
             raise EOFError from None
 
     assert chat.read_rest(read(""), read) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 101, '"""' + "\n" * 200 + '"""', "x\\\n" * 200, '"""' + "x" * 90 + "\n" + "x" * 90 + '"""']
+)
+def test_a_line_or_prompt_without_end_is_one_error_and_the_next_line_is_the_next_prompt(
+    text: str, paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat, "MAX_PROMPT", 100)
+    prompts = replay(monkeypatch, [33])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{text}\nThe sky\n{'y' * 100}\n"))
+    run_chat(paths[0])
+    assert re.fullmatch(
+        r"error: .* has more than 100 characters; .*\n\(prompt of 100 tokens.*\n", capsys.readouterr().err
+    )
+    assert prompts == [list(b"The sky"), list(b"y" * 64)]
+
+
+@pytest.mark.parametrize("source", ["/dev/zero", "-"])
+def test_a_prompt_file_without_end_is_one_error(
+    source: str, paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat, "MAX_PROMPT", 100)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 101))
+    assert "has more than 100 characters" in error_of(paths[0], f"--prompt_file={source}", capsys=capsys)

@@ -6,7 +6,9 @@ import hashlib
 import http.server
 import importlib.util
 import json
+import math
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -272,7 +274,12 @@ def test_an_imported_model_generates_and_trains_with_the_printed_command(data, t
     assert chat_command == f"python chat.py {out}"
     assert len(list(generate(model, [1, 2, 3], 5))) == 5
     options = ["--batch_size=2", "--batch_tokens=64", "--max_steps=1", "--hellaswag=none", "--eval_tokens=64"]
-    folders = [f"--sources={data}", f"--run_dir={tmp_path / 'run'}"]
+    # Data of the model's own tokenizer; its vocabulary is the 256 bytes and one more.
+    identity = checkpoint.read(out)["tokenizer"]
+    own_data = shutil.copytree(data, tmp_path / "data")
+    meta = json.loads((own_data / "meta.json").read_text())
+    (own_data / "meta.json").write_text(json.dumps(meta | {"tokenizer": identity}))
+    folders = [f"--sources={own_data}", f"--run_dir={tmp_path / 'run'}"]
     training.main(parse_config(training.Config, [*train_command.split()[2:], *folders, *options]))
     assert f"weights from {out}" in (tmp_path / "run/train.log").read_text()
 
@@ -341,8 +348,11 @@ BROKEN_FOLDERS = {
     "heads that do not divide": (edit_config(num_key_value_heads=3), "must be a multiple of n_kv_heads"),
     "another shape": (edit_config(intermediate_size=97), "does not fit the model: .*gate_proj.weight is"),
     "a layer without weights": (edit_config(num_hidden_layers=3), "layers.2.* is missing"),
-    "a billion layers": (edit_config(num_hidden_layers=10**9), "too few for 1000000000 layers"),
-    "a step that is text": (edit_config(nano416={"step": "many"}), r"config\.json: invalid"),
+    "a thousand layers": (edit_config(num_hidden_layers=1000), "too few for 1000 layers"),
+    "a step that is text": (
+        edit_config(nano416={"step": "many"}),
+        r"config\.json: nano416.step expects int, got 'many'",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"cannot read config file .*config\.json"),
     "a config that is not JSON": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: Expecting"),
     "a missing shard": (lambda folder: next(folder.glob("model-00002*")).unlink(), "lacks model-00002-of-.* shards"),
@@ -367,6 +377,130 @@ def test_a_broken_folder_is_refused_and_nothing_is_written(case, llama, tmp_path
     with pytest.raises(ValueError, match=message):
         import_hf(folder, tmp_path / "out.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+SIZES = [name for name in convert_hf.CONFIG_NAMES.values() if name not in ("rms_norm_eps", "tie_word_embeddings")]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_an_absurd_size_is_refused_at_once(name, llama, tmp_path):
+    """10**9 layers would take days to build, positions for 10**15 tokens more memory than there is."""
+    folder = shutil.copytree(llama, tmp_path / "hf")
+    for value in (10**9, 10**15, 10**30):
+        edit_config(**{name: value})(folder)
+        with pytest.raises(ValueError, match=rf"config\.json: .* must be .*{value:,}"):
+            import_hf(folder, tmp_path / "out.pt")
+
+
+ODD_VALUES = [True, -1, 0, 1.5, math.inf, math.nan, 10**30, "x", "", [], [[]], {}, {"a": 1}, "x" * 100_000]
+ODD_KEYS = ["architectures", "rope_parameters", "nano416", "rope_theta", *convert_hf.CONFIG_NAMES.values()]
+
+
+@pytest.mark.parametrize("key", [*ODD_KEYS, "nano416.step", "nano416.tokenizer", "rope_parameters.factor"])
+def test_a_config_of_odd_types_is_read_or_refused_in_one_line(key, llama):
+    hf_config = json.loads((llama / "config.json").read_text())
+    table, _, name = key.rpartition(".")
+    for value in ODD_VALUES:
+        changed = {table: {"rope_type": "llama3", **LLAMA3, name: value}} if table else {name: value}
+        with contextlib.suppress(ValueError):
+            exported = convert_hf.optional({**hf_config, **changed}, "nano416", dict)
+            config = convert_hf.from_hf_config({**hf_config, **changed})
+            assert isinstance(config, ModelConfig) and isinstance(exported, dict | None)
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def link_to(target: str) -> Any:
+    return lambda path: path.symlink_to(target)
+
+
+@pytest.mark.parametrize("make", [make_pipe, Path.mkdir, link_to("/dev/zero"), link_to("nowhere"), link_to(".")])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"])
+def test_what_only_looks_like_a_file_is_refused_and_not_read_forever(name, make, llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "hf")
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(ValueError, match=f"{name} is not a file; download it again"):
+        import_hf(folder, tmp_path / "out.pt")
+
+
+def test_links_to_files_are_followed_as_in_the_hub_cache(llama, tmp_path):
+    (tmp_path / "hf").mkdir()
+    for path in llama.iterdir():
+        (tmp_path / "hf" / path.name).symlink_to(path)
+    import_hf(tmp_path / "hf", tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "/etc/passwd", "a\0b", "x" * 1000, "config.json/x"])
+def test_an_index_that_names_what_is_no_shard_is_refused(name, llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "hf")
+    edit_index({"norm.weight": name})(folder)
+    with pytest.raises(ValueError, match=r"lacks .* shards"):
+        import_hf(folder, tmp_path / "out.pt")
+
+
+def in_dtype(dtype: torch.dtype) -> Any:
+    return lambda weights: {name: tensor.to(dtype) for name, tensor in weights.items()}
+
+
+ODD_WEIGHTS = {
+    "a list": lambda weights: [1],
+    "numbers": lambda weights: {"a": 1},
+    "numbered": lambda weights: {1: torch.zeros(1)},
+    "nested": lambda weights: {"a": weights},
+    "nothing": lambda weights: {},
+    "int32": in_dtype(torch.int32),
+    "fp8": in_dtype(torch.float8_e4m3fn),
+    "complex": in_dtype(torch.complex64),
+    "sparse": lambda weights: {name: tensor.to_sparse() for name, tensor in weights.items()},
+    "without memory": lambda weights: {name: tensor.to("meta") for name, tensor in weights.items()},
+    "one-dimensional": lambda weights: {name: tensor.flatten() for name, tensor in weights.items()},
+    "numbers as tensors": lambda weights: dict.fromkeys(weights, torch.tensor(1.0)),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_WEIGHTS)
+def test_odd_weights_are_refused(kind, llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "hf")
+    weights = ODD_WEIGHTS[kind](convert_hf.read_weights(folder))
+    remove_weights(folder)
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"floating-point tensor|does not fit|more than tensors|0 tensors"):
+        import_hf(folder, tmp_path / "out.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("key", ["added_tokens", "pre_tokenizer", "decoder", "normalizer"])
+def test_a_tokenizer_without_an_optional_part_is_read_or_refused_in_one_line(key, llama, tmp_path):
+    tokenizer = json.loads((llama / "tokenizer.json").read_text())
+    del tokenizer[key]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer))
+    with contextlib.suppress(ValueError):
+        assert load_tokenizer(str(path)).decode(b"abc") == "abc"
+    tokenizer["model"]["vocab"]["日"] = 300
+    path.write_text(json.dumps({**json.loads((llama / "tokenizer.json").read_text()), "model": tokenizer["model"]}))
+    with pytest.raises(ValueError, match="the character '日' stands for no byte"):
+        load_tokenizer(str(path))
+
+
+def test_an_import_into_a_run_directory_leaves_the_files_of_the_run_alone(llama, tmp_path):
+    half_written = tmp_path / "run/.checkpoint_step_8.pt.1234.tmp"
+    half_written.parent.mkdir()
+    half_written.touch()
+    import_hf(llama, tmp_path / "run/imported.pt")
+    assert half_written.exists()
+
+
+@pytest.mark.parametrize("name", ["hf", "hf/model-00001-of-00010.safetensors"])
+def test_every_command_says_how_to_convert_a_hugging_face_folder(name, llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "hf")
+    command = f"python -m tools.convert_hf import {tmp_path / 'hf'} hf.pt"
+    for read in (checkpoint.resolve, checkpoint.load_model):
+        with pytest.raises(ValueError, match=re.escape(command)):
+            read(tmp_path / name)
 
 
 class Bomb:
@@ -562,6 +696,19 @@ def test_without_network_push_says_that_the_hub_cannot_be_reached(tmp_path):
     # HF_HUB_OFFLINE is set for all tests.
     with pytest.raises(ConnectionError, match="me/mine: the Hub cannot be reached"):
         convert_hf.push(PushConfig(str(folder), "me/mine"))
+
+
+def test_a_checkpoint_does_not_make_the_machine_that_opens_it_ask_for_a_tokenizer(hub, tmp_path):
+    """Whoever made the file would learn of it."""
+    convert, server = hub
+    server.commits["b" * 40] = {"tokenizer.json": b"{}", "README.md": b"x"}
+    info = {**load_tokenizer("bytes").info(), "name": "me/mine"}
+    source = write_checkpoint(tmp_path / "model.pt", tiny_model(vocab_size=257), info)
+    code, _, error = convert("export", source, str(tmp_path / "hf"))
+    assert code == 2
+    assert "'me/mine', which the data or checkpoint was made with, is not on this machine" in error
+    assert "hf download me/mine tokenizer.json" in error
+    assert server.downloads == []
 
 
 def test_a_published_checkpoint_of_the_original_recipe_exports_by_its_hub_id(hub, tmp_path):

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, changed
 
 import training
 from nano416 import metrics
 from nano416.config import parse_config
+from nano416.tokenizer import GPT2
 from tools import eval_loss
 
 TINY = ["--dim=32", "--n_layers=2", "--n_heads=2", "--seq_len=32", "--batch_size=4", "--batch_tokens=512"]
@@ -22,7 +23,7 @@ OPTIONS = ["--eval_tokens=2000", "--dtype=fp32"]
 
 
 def train(data: Path, run_dir: Path, *extra: str) -> Path:
-    training.main(parse_config(training.Config, [*TINY, f"--sources={data}", f"--run_dir={run_dir}", *extra]))
+    training.main(parse_config(training.Config, changed([*TINY, f"--sources={data}", f"--run_dir={run_dir}"], *extra)))
     return run_dir
 
 
@@ -78,13 +79,42 @@ def test_a_masked_diffusion_checkpoint_is_recognized(diffusion_run, data, capsys
     assert loss == pytest.approx(last_validation(diffusion_run)["val_loss"], abs=1e-4)
 
 
-def test_data_of_another_tokenizer_is_refused(autoregressive_run, data, tmp_path):
-    shutil.copytree(data, tmp_path / "gpt2")
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        (GPT2, r"tokens of gpt2 \(vocabulary 20940fd36bff\), .* reads bytes \(.*\); prepare .* --tokenizer=bytes"),
+        ({"sha256": "0" * 64}, r"tokens of bytes \(vocabulary 000000000000\), .* reads bytes \("),
+        ({"eot_id": 0}, "prepare the text again"),
+    ],
+)
+def test_data_of_another_tokenizer_is_refused(changes, hint, autoregressive_run, data, tmp_path):
+    """Also of one with the same name, such as an older tokenizer.json."""
+    shutil.copytree(data, tmp_path / "other")
     meta = json.loads((data / "meta.json").read_text())
-    meta["tokenizer"]["name"] = "gpt2"
-    (tmp_path / "gpt2" / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match=r"gpt2 tokens, .* reads bytes; prepare .* --tokenizer=bytes"):
-        evaluate(autoregressive_run, f"--sources={tmp_path / 'gpt2'}")
+    meta["tokenizer"] |= changes
+    (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=hint):
+        evaluate(autoregressive_run, f"--sources={tmp_path / 'other'}")
+
+
+def test_data_of_the_same_tokenizer_by_another_name_is_accepted(autoregressive_run, data, tmp_path, capsys):
+    """A tokenizer.json may have been moved."""
+    shutil.copytree(data, tmp_path / "other")
+    meta = json.loads((data / "meta.json").read_text())
+    meta["tokenizer"]["name"] = "elsewhere/tokenizer.json"
+    (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
+    evaluate(autoregressive_run, f"--sources={tmp_path / 'other'}", *OPTIONS)
+    assert "all tokens (micro)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, 100])
+def test_any_context_length_can_be_evaluated(seq_len, data, tmp_path, capsys):
+    options = [f"--seq_len={seq_len}", "--batch_size=2", f"--batch_tokens={2 * seq_len}", "--max_steps=1"]
+    run_dir = train(data, tmp_path / "run", *options)
+    capsys.readouterr()
+    evaluate(run_dir, f"--sources={data}", *OPTIONS)
+    (loss, _, _) = parse_table(capsys.readouterr().out)["all tokens (micro)"]
+    assert loss == pytest.approx(last_validation(run_dir)["val_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """nano416/generate.py: every way to decode writes the same text; sampling draws from exactly the tokens it should."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -109,6 +110,40 @@ def test_sampling_follows_the_probabilities(temperature):
     expected = PROBABILITIES ** (1 / temperature)
     shares = drawn(temperature=temperature).bincount(minlength=5) / 20_000
     torch.testing.assert_close(shares, expected / expected.sum(), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", [-1.0, 1e-320, 1e-7, 1e7, 1e300, math.inf, math.nan]),
+        ("repetition_penalty", [0.0, -1.0, 1e-300, 1e300, math.inf, math.nan]),
+        ("top_k", [0, -1]),
+        ("top_p", [-0.1, 1.1, math.nan]),
+        ("min_p", [-0.1, 2.0, math.nan]),
+        ("seed", [-1, 2**63]),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e6])
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_the_outermost_settings_still_draw_tokens(temperature, penalty):
+    """Of logits far larger than any model's."""
+    logits = apply_repetition_penalty(1e15 * torch.tensor([[1.0, -1.0, 0.5]]), torch.tensor([[0, 1]]), penalty)
+    assert sample(logits, Sampling(temperature)).item() in (0, 1, 2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_logits_that_are_not_finite_are_an_error_and_not_a_token(options, value):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = value
+    with pytest.raises(ValueError, match="the model's logits are not finite"):
+        sample(logits, Sampling(**options))
 
 
 def test_sampling_takes_each_row_by_itself():

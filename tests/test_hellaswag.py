@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, shared, tiny_model
+from conftest import ROOT, changed, shared, tiny_model
 
 import eval_hellaswag
 from eval_hellaswag import EvalConfig, Item, accuracies, clean, evaluate, load_items, pack_items
@@ -109,7 +109,7 @@ def test_an_item_has_the_text_of_lm_eval(tmp_path):
         ({**RECORD, "label": 4}, "a label of 0..3, has 4 and 4"),
         ({**RECORD, "endings": ["a", "b", "c"]}, "needs 4 endings"),
         ({**RECORD, "endings": ["a", "b", "c", "[x]"]}, "ending 3 is empty"),
-        (b"\xff{}\n", "not a HellaSwag item .UnicodeDecodeError"),
+        (b"\xff{}\n", "not a HellaSwag item .*utf-8"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(line, hint, tmp_path):
@@ -117,6 +117,32 @@ def test_a_bad_line_is_named_with_its_number(line, hint, tmp_path):
     with pytest.raises(ValueError, match=r"x\.jsonl:3\b.*" + hint):
         load_items(path)
     assert len(load_items(path, limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            {"label": label}
+            for label in (1.9, 1.0, True, None, [1], {"1": 1}, "one", "1.0", "-1", "", math.inf, math.nan)
+        ),
+        *({"label": label} for label in (-1, 4, 10**30)),
+        *(
+            {"endings": endings}
+            for endings in ("abcd", {"a": 1, "b": 2, "c": 3, "d": 4}, [1, 2, 3, 4], None, 5, [["a"]])
+        ),
+        *({key: value} for key in ("ctx_a", "ctx_b", "activity_label") for value in (None, 5, ["a"], {"a": 1})),
+    ],
+)
+def test_an_item_of_odd_types_is_refused_with_its_line(changes, tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", RECORD, {**RECORD, **changes})
+    with pytest.raises(ValueError, match=r"x\.jsonl:2\b"):
+        load_items(path)
+
+
+def test_a_line_of_deep_nesting_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.jsonl:1 is not a HellaSwag item"):
+        load_items(write_lines(tmp_path / "x.jsonl", "[" * 100_000))
 
 
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.write_text(""), lambda p: p.write_bytes(b"\xff\xfe")])
@@ -328,7 +354,7 @@ def test_a_mistake_is_found_before_the_work(argv, hint, folder, monkeypatch):
     monkeypatch.setattr(eval_hellaswag, "evaluate", lambda *_: pytest.fail("it was scored first"))
     before = sorted(os.listdir(folder))
     with pytest.raises(ValueError, match=hint):
-        run("--checkpoint=run", "--data=x.jsonl", *argv)
+        run(*changed(["--checkpoint=run", "--data=x.jsonl"], *argv))
     assert sorted(os.listdir(folder)) == before
 
 
@@ -398,6 +424,71 @@ def test_a_comparison_is_paired(folder, capsys):
     row = capsys.readouterr().out.splitlines()[1].split()
     # The differences are 0, -1, 1, 1: mean 1/4, standard deviation 0.957, / sqrt(4).
     assert row == ["acc", "50.00", "75.00", "+25.00", "±", "47.87", "1", "2"]
+
+
+def scores_with(**changes) -> Any:
+    scores = fake_scores(0, 1)
+    scores["items"][1] |= changes
+    return scores
+
+
+ODD_SCORES = [
+    "",
+    [],
+    {},
+    {"items": []},
+    {"items": {}},
+    {"items": 5},
+    {"items": [5]},
+    {"items": [{}]},
+    {"checkpoints": [fake_scores(0)]},
+    *(
+        scores_with(logprob_sums=values)
+        for values in ([], [1.0], None, "abcd", 5, ["a"] * 4, [math.nan] * 4, [math.inf] * 4)
+    ),
+    *(scores_with(logprob_norms=values) for values in ([], [None] * 4, [[0]] * 4, {"0": 1})),
+    *(scores_with(label=label) for label in (None, "1", 1.0, True, -1, 4, [1])),
+    *(scores_with(index=index) for index in (None, "1", 1.5, [])),
+]
+
+
+@pytest.mark.parametrize("scores", ODD_SCORES)
+def test_an_odd_file_of_scores_is_named(scores, folder):
+    (folder / "a.json").write_text(json.dumps(fake_scores(0, 1)))
+    (folder / "b.json").write_text(json.dumps(scores) if scores != "" else "")
+    for pair in ("a.json,b.json", "b.json,a.json"):
+        with pytest.raises(ValueError, match=r"b\.json is not an --output file of one checkpoint"):
+            run(f"--compare={pair}")
+
+
+def test_a_damaged_checkpoint_does_not_cost_the_scores_of_the_others(folder, capsys):
+    save(folder / "run", byte_model(), step=100)
+    (folder / "run/checkpoint_step_50.pt").write_bytes(b"damaged")
+    broken = byte_model()
+    torch.nn.init.constant_(broken.norm.weight, math.nan)
+    save(folder / "run", broken, step=60)
+    with pytest.raises(ValueError, match=r"2 of 4 checkpoints could not be scored: .*checkpoint_step_50\.pt"):
+        run("--checkpoint=run", "--all", "--data=x.jsonl", "--output=all.json")
+    out, error = capsys.readouterr()
+    assert [line.split(":")[0] for line in error.splitlines()] == ["not scored"] * 2
+    assert "wrote run/hellaswag.png" in out
+    runs = json.loads((folder / "all.json").read_text())["checkpoints"]
+    assert [scores["step"] for scores in runs] == [7, 100]
+
+
+def test_if_no_checkpoint_can_be_scored_nothing_is_written(folder):
+    (folder / "run/checkpoint_step_7.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"1 of 1 checkpoints could not be scored: .*step_7\.pt"):
+        run("--checkpoint=run", "--all", "--data=x.jsonl", "--output=all.json")
+    assert not (folder / "all.json").exists()
+
+
+def test_escape_sequences_in_names_do_not_reach_the_terminal(folder, capsys):
+    (folder / "run").rename(folder / "run\x1b[2J$x$")
+    run("--checkpoint=run\x1b[2J$x$", "--all", "--data=x.jsonl")
+    out, error = capsys.readouterr()
+    assert "run\\x1b[2J$x$/checkpoint_step_7.pt" in out
+    assert "\x1b" not in out + error
 
 
 def test_results_that_cannot_be_compared_are_refused(folder):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, shared
+from conftest import ROOT, changed, shared
 from test_hellaswag import (
     BYTES,
     RECORD,
@@ -72,7 +72,7 @@ def test_presets_have_fixed_shots():
 def test_a_mistake_is_found_before_the_work(argv, hint, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)  # importing the harness would be another error
     with pytest.raises(ValueError, match=hint):
-        run("--checkpoint=run", *argv)
+        run(*changed(["--checkpoint=run"], *argv))
 
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_model
 
-from model import IGNORE_INDEX, KVCache, ModelConfig, Transformer
+from model import IGNORE_INDEX, MAX_SIZES, KVCache, ModelConfig, Transformer
 from nano416 import cpu_ops
 from nano416.generate import Sampling, sample
 
@@ -65,6 +65,7 @@ def test_layers_that_write_to_the_residual_stream_start_smaller():
         ({"n_heads": 0}, "n_heads must be at least 1"),
         ({"seq_len": -1}, "seq_len must be at least 1, got -1"),
         ({"vocab_size": 1}, "vocab_size must be at least 2"),
+        *(({size: 10**9}, f"{size} must be at most .*, got 1,000,000,000") for size in MAX_SIZES),
         ({"rope_theta": 0.0}, "rope_theta must be above 1"),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import pytest
 from test_metrics import is_png, make_full_rows, make_rows, record_panels, write_rows
 
+from nano416 import metrics
 from nano416.config import parse_config, run_cli
 from tools import plot
 from tools.plot import compare, plot_comparison, plot_stats, steps_to_loss
@@ -111,6 +112,78 @@ def test_watching_draws_again_when_there_are_new_rows(tmp_path, monkeypatch):
     assert times[0] == times[1] != times[2] == times[3]
 
 
+ODD_VALUES = ["x", [], [1], {"a": 1}, True]
+
+
+@pytest.mark.parametrize("key", ["tokens", "loss", "val_loss", "elapsed_s", "grad_norm", "mfu", "hellaswag_acc_norm"])
+def test_a_row_of_odd_types_is_named(key, tmp_path):
+    for value in ODD_VALUES:
+        rows = [*make_full_rows(), {"step": 99, "tokens": 99, key: value}]
+        run = write_rows(tmp_path / "run", rows)
+        with pytest.raises(ValueError, match=rf"run: row {len(rows)} has {key} = .*, which is not a number"):
+            plot.read_runs([str(run)])
+
+
+@pytest.mark.parametrize("position", [{"step": 5}, {"step": 5, "tokens": None}])
+def test_a_row_without_its_place_is_named(position, tmp_path):
+    run = write_rows(tmp_path / "run", [{**position, "loss": 1.0}])
+    with pytest.raises(ValueError, match="row 1 lacks the number of its step or of its tokens"):
+        plot.read_runs([str(run)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400, None, 0, -1, 1e-320])
+def test_numbers_that_cannot_be_drawn_leave_a_picture_and_no_traceback(value, tmp_path, capsys):
+    keys = ("loss", "val_loss", "grad_norm", "tokens_per_s", "elapsed_s", "flops")
+    rows = [{"step": i, "tokens": 10 * i, **dict.fromkeys(keys, value)} for i in range(3)]
+    a = write_rows(tmp_path / "a", rows)
+    b = write_rows(tmp_path / "b", make_full_rows())
+    run_command(a)
+    run_command(a, b, f"--output={tmp_path / 'ab.png'}")
+    assert is_png(a / "final_metrics.png") and is_png(tmp_path / "ab.png")
+
+
+def test_names_are_drawn_and_printed_as_they_are(tmp_path, capsys):
+    """$...$ would be a formula, names that begin with _ would be missing from the legend."""
+    names = ["a$b$", "$\\x$", "_c", "esc\x1b[2J"]
+    runs = [write_rows(tmp_path / name, make_full_rows()) for name in names]
+    run_command(runs[0])
+    run_command(*runs, f"--output={tmp_path / 'all.png'}")
+    assert "\x1b" not in capsys.readouterr().out
+    assert [metrics.plain_label(name) for name in names] == [r"a\$b\$", r"\$\x\$", " _c", r"esc\x1b[2J"]
+
+
+def test_relative_and_absolute_paths_can_be_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "a", make_rows())
+    write_rows(tmp_path / "b", make_rows())
+    assert list(plot.read_runs(["a", str(tmp_path / "b")])) == ["a", "b"]
+
+
+ODD_STATS = [
+    {"step": 1},
+    {"step": 1, "weight_norm": {}},
+    {"step": 1, "weight_norm": 5},
+    {"step": 1, "weight_norm": {"a": "x"}},
+    {"step": 1, "weight_norm": {"a": 1.0}, "grad_norm": [1]},
+    {"step": 1, "weight_norm": {"a": 1.0}, "grad_norm": {"a": [1]}},
+]
+
+
+@pytest.mark.parametrize("row", ODD_STATS)
+def test_odd_statistics_are_named(row, tmp_path):
+    (tmp_path / "stats.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"stats\.jsonl"):
+        plot_stats(str(tmp_path), tmp_path / "stats.png")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, None, 0.0])
+def test_statistics_that_cannot_be_drawn_leave_a_picture(value, tmp_path):
+    rows = [{"step": step, "weight_norm": {"$a$_b": value}, "grad_norm": None} for step in ("x$y$", 1, None)]
+    (tmp_path / "stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_stats(str(tmp_path), tmp_path / "stats.png")
+    assert is_png(tmp_path / "stats.png")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -121,7 +194,7 @@ def test_watching_draws_again_when_there_are_new_rows(tmp_path, monkeypatch):
         (["run", "no_rows", "--stats"], "--stats draws one run"),
         (["run", "--output=no/such/folder.png"], "cannot write no/such/folder.png: No such file"),
         (["run", "--output=picture.xyz"], "cannot write picture.xyz: Format 'xyz' is not supported"),
-        (["picture"], "cannot read picture: it is not text; give a run directory"),
+        (["picture"], "picture holds no rows of metrics; give a run directory"),
         (["run", "--outputt=x"], "did you mean --output?"),
     ],
 )

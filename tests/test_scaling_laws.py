@@ -386,12 +386,79 @@ def test_fit_reads_run_directories_and_refuses_what_does_not_belong_together(tmp
     [
         ('{"params": 1e6, "tokens": "many", "loss": 3}', "lacks params, tokens or loss"),
         ('{"params": 1e6, "tokens": 1e6, "loss": NaN}', "must be above 0"),
+        ('{"params": 1e300, "tokens": 1e6, "loss": 3}', "those of a run"),
+        ('{"params": 1e-300, "tokens": 1e6, "loss": 3}', "those of a run"),
+        ('{"params": 1e6, "tokens": 1e6, "loss": 1e300}', "those of a run"),
+        (f'{{"params": 1{"0" * 400}, "tokens": 1e6, "loss": 3}}', "lacks params, tokens or loss"),
+        ("[" * 100_000, "lacks params, tokens or loss"),
+        ("[1]", "lacks params, tokens or loss"),
+        ('"x"', "lacks params, tokens or loss"),
     ],
 )
 def test_fit_refuses_rows_that_are_not_runs(row, message, tmp_path):
     (tmp_path / "bad.jsonl").write_text(f"{row}\n")
     with pytest.raises(ValueError, match=message):
         run("fit", str(tmp_path / "bad.jsonl"))
+
+
+ODD_LAWS = {
+    **{f"{name} {value}": {name: value} for name in ("A", "B", "alpha", "beta") for value in (-1, 0, 1e-320, 1e300)},
+    **{f"{name} is text": {name: "x"} for name in ("E", "A", "alpha", "r_data")},
+    "negative E": {"E": -1.0},
+    "no repeats": {"r_data": 0.0},
+    "negative excess": {"r_params": -1.0},
+    "exponents of hundreds": {"alpha": 300.0},
+    "unknown constant": {"gamma": 1.0},
+}
+
+
+@pytest.mark.parametrize("case", ODD_LAWS)
+def test_a_law_that_no_model_can_be_planned_with_is_refused(case, tmp_path):
+    path = tmp_path / "law.json"
+    constants = {"E": 1.8, "A": 482.0, "B": 2085.0, "alpha": 0.35, "beta": 0.36}
+    files.write_json(path, {"law": constants})
+    run("plan", "--flops=1e19", f"--law={path}")
+    files.write_json(path, {"law": {**constants, **ODD_LAWS[case]}})
+    with pytest.raises(ValueError, match=r"law\.json"):
+        run("plan", "--flops=1e19", f"--law={path}")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"law": 5}', '{"law": []}', '{"law": {"A": 1.0}}', "[" * 100_000])
+def test_a_file_that_holds_no_law_is_refused(text, tmp_path):
+    (tmp_path / "law.json").write_text(text)
+    with pytest.raises(ValueError, match=r"law\.json"):
+        run("plan", "--flops=1e19", f"--law={tmp_path / 'law.json'}")
+
+
+@pytest.mark.parametrize("name", ["flops", "gpu_hours", "tokens", "unique_tokens", "mfu"])
+def test_a_budget_too_large_for_numbers_is_refused(name):
+    amount = [] if name not in ("mfu",) else ["--flops=1e19"]
+    with pytest.raises(ValueError, match=f"{name} must be at most 1e\\+40"):
+        run("plan", *amount, f"--{name}=1e300")
+    run("plan", *amount, f"--{name}=1e40")
+
+
+def test_losses_that_differ_by_rounding_alone_do_not_determine_a_law(tmp_path):
+    points = planted_points(0.0, repeats=False)
+    points = [point._replace(loss=3.0 + 1e-15 * i) for i, point in enumerate(points)]
+    with pytest.raises(ValueError, match="3 different losses"):
+        run("fit", write_points(tmp_path / "same.jsonl", points))
+
+
+def test_one_run_with_repeated_tokens_is_not_in_every_draw(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    points = planted_points(0.0, repeats=False)
+    points.append(points[-1]._replace(unique=points[-1].tokens / 10, loss=points[-1].loss + 0.1))
+    run("fit", write_points(tmp_path / "points.jsonl", points), "--plot=none", "--bootstrap=2")
+    assert "r_data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"train": 5}', '{"train": {"objective": "ar"}, "model": {}}'])
+def test_a_config_that_is_not_the_config_of_a_run_is_named(text, tmp_path):
+    folder = finished_run(tmp_path / "run", planted_points(0.0, repeats=False)[0])
+    (tmp_path / "run/config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run/config\.json"):
+        run("fit", folder)
 
 
 # ---- sweep -----------------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import ROPE_SCALING, VOCAB_MULTIPLE, ModelConfig, Transformer
-from nano416 import checkpoint
-from nano416.config import format_value, from_dict, load_file, run_cli, run_subcommand, to_dict
+from nano416 import checkpoint, files
+from nano416.config import format_value, from_dict, load_file, parse_value, run_cli, run_subcommand, to_dict, visible
 from nano416.files import write_json, write_text
 from nano416.hub import hub_errors
 from nano416.tokenizer import BYTE_OF, HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -80,6 +80,8 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 """
+# Of weights that are not quantized.
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 VOCAB_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 OTHER_FORMATS = ("*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*")
@@ -90,6 +92,9 @@ class ExportConfig:
     source: str  # run directory, checkpoint file or Hub id
     out_dir: str  # folder to write; must be new or empty
     dtype: Literal["fp32", "bf16"] = "fp32"  # data type of the weights
+
+    def __post_init__(self):
+        files.require_local("out_dir", self.out_dir)
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def export(cfg: ExportConfig) -> None:
     if not model.config.causal:
         raise ValueError(f"{cfg.source} is a masked-diffusion model; Llama and Qwen3 have causal attention only")
     tokenizer = load_tokenizer(metadata["tokenizer"])
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out_dir.parent)
     # All or nothing: the folder gets its name once all files are in it.
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as temporary:
         folder = Path(temporary) / out_dir.name
@@ -140,7 +145,7 @@ def export(cfg: ExportConfig) -> None:
         write_tokenizer(folder, tokenizer, model.config.seq_len)
         write_model_card(folder, model, metadata)
         os.replace(folder, out_dir)
-    print(f"{cfg.out_dir} loads with transformers; for llama.cpp: convert_hf_to_gguf.py {cfg.out_dir}")
+    print(visible(f"{cfg.out_dir} loads with transformers; for llama.cpp: convert_hf_to_gguf.py {cfg.out_dir}"))
 
 
 def write_weights(folder: Path, model: Transformer, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -275,7 +280,8 @@ def write_model_card(folder: Path, model: Transformer, metadata: Mapping[str, An
 
     run_dir = Path(metadata["path"]).parent
     # An imported checkpoint has no training options.
-    sources = metadata["config"].get("data", {}).get("sources", {})
+    options = {name: table for name, table in metadata["config"].items() if isinstance(table, dict)}
+    sources = parse_value(options.get("data", {}).get("sources", {}), dict[str, float], "sources")
     rows = {
         "parameters": f"{model.config.num_params():,}",
         "context": f"{model.config.seq_len} tokens",
@@ -283,7 +289,7 @@ def write_model_card(folder: Path, model: Transformer, metadata: Mapping[str, An
         "step": f"{metadata['step']:,}",
         "tokens": f"{metadata['tokens']:,}",
         "data": format_value({Path(name).name: weight for name, weight in sources.items()}),
-        "optimizer": metadata["config"].get("optim", {}).get("optimizer"),
+        "optimizer": options.get("optim", {}).get("optimizer"),
     }
     summary_file = run_dir / "final_metrics.json"
     summary = load_file(str(summary_file)) if summary_file.exists() else {}
@@ -314,17 +320,18 @@ def import_(cfg: ImportConfig) -> None:
         if path.exists():
             raise ValueError(f"{path} exists; choose another name, or remove it first")
     folder = find_folder(cfg.source)
-    hf_config = load_file(str(folder / "config.json"))
+    config_path = find_file(folder, "config.json") or folder / "config.json"
+    hf_config = load_file(str(config_path))
     try:
         config = from_hf_config(hf_config, cfg.seq_len)
-        exported = dict(hf_config.get("nano416", {}))
-        step = int(exported.get("step", 0))
-        tokens = int(exported.get("tokens", 0))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        exported = optional(hf_config, "nano416", dict) or {}
+        step = parse_value(exported.get("step", 0), int, "nano416.step")
+        tokens = parse_value(exported.get("tokens", 0), int, "nano416.tokens")
+    except ValueError as error:
+        raise ValueError(f"{config_path}: {str(error)[:300]}") from error
     weights = from_hf_weights(read_weights(folder), config)
     if config.n_layers > len(weights):
-        # A config.json may claim a billion layers, which take forever to build even on the meta device.
+        # A config.json may claim thousands of layers, which take seconds to build even on the meta device.
         raise ValueError(f"{folder} has {len(weights)} tensors, too few for {config.n_layers} layers")
     with torch.device("meta"):
         expected = Transformer(config).state_dict()
@@ -338,11 +345,11 @@ def import_(cfg: ImportConfig) -> None:
         "model": weights,
         "metrics": {},
     }
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent)
     checkpoint.write(out, state)
     write_json(config_file, {"model": to_dict(config)})
-    print(f"python chat.py {shlex.quote(str(out))}")
-    print(f"python training.py {shlex.quote(str(config_file))} --init_from={shlex.quote(str(out))}")
+    print(visible(f"python chat.py {shlex.quote(str(out))}"))
+    print(visible(f"python training.py {shlex.quote(str(config_file))} --init_from={shlex.quote(str(out))}"))
 
 
 def find_folder(source: str) -> Path:
@@ -356,16 +363,35 @@ def find_folder(source: str) -> Path:
     return download(source)
 
 
+def find_file(folder: Path, name: str) -> Path | None:
+    """A file of a folder; None if it is absent. Raises ValueError for what only looks like a file.
+
+    Reading a pipe or /dev/zero, which a link may lead to, would never end.
+    """
+    path = folder / name
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(f"{path} is not a file; download it again")
+    return path if path.exists() else None
+
+
+def optional(hf_config: Mapping[str, Any], name: str, kind: type) -> Any:
+    """The value of an option, None if it is absent. Raises ValueError if it is not of type `kind`."""
+    value = hf_config.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name} expects a {kind.__name__}, got {value!r}")
+    return value
+
+
 def from_hf_config(hf_config: Mapping[str, Any], seq_len: int | None = None) -> ModelConfig:
     """ModelConfig of a config.json. Raises ValueError naming what this network cannot do."""
-    architecture = (hf_config.get("architectures") or ["none"])[0]
+    architecture = (optional(hf_config, "architectures", list) or ["none"])[0]
     if architecture not in ARCHITECTURES.values():
         supported = " and ".join(ARCHITECTURES.values())
         raise ValueError(f"architecture {architecture} is not supported; supported are {supported}")
     for name, values in UNUSED_OPTIONS.items():
         if hf_config.get(name) is not None and hf_config[name] not in values:
             raise ValueError(f"{name} = {str(hf_config[name])[:60]} is not supported by nano416's network")
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    rope = optional(hf_config, "rope_parameters", dict) or optional(hf_config, "rope_scaling", dict) or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rotary positions of type {rope_type!r} are not supported; supported are default and llama3")
@@ -383,9 +409,10 @@ def from_hf_config(hf_config: Mapping[str, Any], seq_len: int | None = None) -> 
     missing = [CONFIG_NAMES[name] for name in required if not shape.get(name)]
     if missing:
         raise ValueError(f"{', '.join(missing)} is missing")
-    if seq_len is not None and seq_len > shape["seq_len"]:
-        raise ValueError(f"--seq_len={seq_len} exceeds the model's context, max_position_embeddings {shape['seq_len']}")
-    return from_dict(ModelConfig, {**shape, "seq_len": seq_len or shape["seq_len"]})
+    longest = parse_value(shape["seq_len"], int, CONFIG_NAMES["seq_len"])
+    if seq_len is not None and seq_len > longest:
+        raise ValueError(f"--seq_len={seq_len} exceeds the model's context, max_position_embeddings {longest}")
+    return from_dict(ModelConfig, {**shape, "seq_len": seq_len or longest})
 
 
 def from_hf_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -397,10 +424,11 @@ def from_hf_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[
             continue
         if name == "lm_head.weight" and config.tie_embeddings:
             continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if tensor.dtype not in WEIGHT_DTYPES or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"{name} is not a floating-point tensor; only unquantized models can be imported")
         name = name.removeprefix("model.")
-        if name in VOCAB_WEIGHTS:
+        # One that is not a matrix has a wrong shape, which check_shapes reports.
+        if name in VOCAB_WEIGHTS and tensor.dim() == 2:
             tensor = F.pad(tensor, (0, 0, 0, -len(tensor) % VOCAB_MULTIPLE))
         ours[name] = tensor
     return ours
@@ -409,10 +437,11 @@ def from_hf_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, memory mapped. Pickles are read only where there are no safetensors."""
     for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
-        index = folder / f"{name}.index.json"
-        if (folder / name).exists():
-            return read(folder / name)
-        if index.exists():
+        path = find_file(folder, name)
+        if path:
+            return read(path)
+        index = find_file(folder, f"{name}.index.json")
+        if index:
             weights = {}
             for path in shard_paths(index):
                 weights.update(read(path))
@@ -428,10 +457,11 @@ def shard_paths(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of tensor names to file names; download it again")
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    # os.path.isfile, since Path.is_file raises OSError for a name that is too long.
+    missing = [name for name in names if Path(name).name != name or not os.path.isfile(index.parent / name)]
     if missing:
         raise ValueError(
-            f"{index.parent} lacks {missing[0]} ({len(missing)} of {len(names)} shards); download it again"
+            f"{index.parent} lacks {missing[0][:100]} ({len(missing)} of {len(names)} shards); download it again"
         )
     return [index.parent / name for name in names]
 
@@ -442,7 +472,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     try:
         return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
+        # The last two for data types and sizes that torch does not know.
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file: {error}"
         ) from error
@@ -451,10 +482,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a pytorch_model.bin. No code in it is run: anything but tensors is refused with ValueError."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load raises a dozen kinds for a damaged archive.
         raise ValueError(f"{path} is damaged or holds more than tensors; use a safetensors file instead") from error
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    ):
+        raise ValueError(f"{path} holds more than tensors and their names; use a safetensors file instead")
+    return weights
 
 
 def find_tokenizer(cfg: ImportConfig, folder: Path, exported: Any, vocab_size: int) -> dict[str, Any]:
@@ -465,8 +501,13 @@ def find_tokenizer(cfg: ImportConfig, folder: Path, exported: Any, vocab_size: i
     name = exported.get("name") if isinstance(exported, dict) else None
     is_built_in = isinstance(name, str) and "/" not in name and not name.endswith(".json")
     if cfg.tokenizer is None and is_built_in:
+        # Not loaded, which may need the network.
+        size = parse_value(exported.get("vocab_size"), int, "nano416.tokenizer.vocab_size")
+        eot_id = parse_value(exported.get("eot_id"), int, "nano416.tokenizer.eot_id")
+        if not 0 <= eot_id < size <= vocab_size:
+            raise ValueError(f"{folder / 'config.json'}: nano416.tokenizer does not fit a vocabulary of {vocab_size}")
         return exported
-    if cfg.tokenizer is None and not (folder / "tokenizer.json").exists():
+    if cfg.tokenizer is None and not find_file(folder, "tokenizer.json"):
         raise ValueError(f"{folder} has no tokenizer.json, the only kind that is read; give --tokenizer=gpt2 or a path")
     is_local = Path(cfg.source).is_dir()
     own = str((folder / "tokenizer.json").resolve()) if is_local else cfg.source.partition("@")[0]
@@ -499,7 +540,7 @@ def push(cfg: PushConfig) -> None:
         # None leaves the choice to the settings of the user's organization.
         HfApi().create_repo(cfg.repo, private=cfg.private or None, exist_ok=True)
         commit = HfApi().upload_folder(repo_id=cfg.repo, folder_path=cfg.folder, commit_message="nano416")
-    print(f"pull it as {cfg.repo}@{commit.oid}")
+    print(visible(f"pull it as {cfg.repo}@{commit.oid}"))
 
 
 def pull(cfg: PullConfig) -> None:
@@ -518,7 +559,7 @@ def download(repo: str, local_dir: str | None = None) -> Path:
         if any(file.rfilename.endswith(".safetensors") for file in info.siblings or []):
             ignored += PICKLES
         folder = snapshot_download(name, revision=info.sha, local_dir=local_dir, ignore_patterns=ignored)
-    print(f"{name}@{info.sha} is in {folder}")
+    print(visible(f"{name}@{info.sha} is in {folder}"))
     return Path(folder)
 
 

@@ -22,11 +22,11 @@ import torch
 from eval_hellaswag import matmul_dtype
 from model import Transformer
 from nano416 import checkpoint, distributed
-from nano416.config import parse_config, run_cli, unknown_name
+from nano416.config import parse_config, run_cli, unknown_name, visible
 from nano416.devices import autocast, pick_device
 from nano416.generate import Sampling, generate_batch
 from nano416.scoring import ScoringConfig, is_bidirectional, max_row_length, pack_context, score_rows
-from nano416.tokenizer import Tokenizer, load_tokenizer
+from nano416.tokenizer import Tokenizer
 
 # Shots of each task. Marin's CORE_TASKS, a part of DCLM's core (arXiv:2406.11794, p. 43).
 CORE = {
@@ -187,7 +187,8 @@ class CheckpointLM:
         max_prompt = max(1, self.max_length - max_new_tokens)
         prompts = [prompt[-max_prompt:] for prompt in prompts]
         temperature = float(settings.get("temperature") or 0) if settings.get("do_sample", True) else 0.0
-        sampling = Sampling(temperature, settings.get("top_k"), settings.get("top_p"), seed=0)
+        # Tasks write top_k = 0 for all tokens, as transformers does.
+        sampling = Sampling(temperature, settings.get("top_k") or None, settings.get("top_p"), seed=0)
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
 
@@ -255,7 +256,7 @@ def run_tasks(lm: Any, tasks: list[str], shots: int | None, cfg: HarnessConfig, 
         return
     for key in ("results", "groups"):
         if results.get(key):
-            print(make_table(results, key))
+            print(visible(make_table(results, key)))
     samples = results.pop("samples", None)
     tracker.save_results_aggregated(results=results, samples=samples)
     for name in samples or {}:
@@ -283,12 +284,12 @@ def main(cfg: HarnessConfig) -> None:
     check_tasks(runs, manager)
     dist = distributed.init()
     device = pick_device(cfg.device) if cfg.device else dist.device
-    model, metadata = checkpoint.load_model(path, device)
-    lm = harness_lm(model, load_tokenizer(metadata["tokenizer"]), matmul_dtype(cfg.dtype, device), dist.is_main)
+    model, tokenizer, metadata = checkpoint.load_model_and_tokenizer(path, device)
+    lm = harness_lm(model, tokenizer, matmul_dtype(cfg.dtype, device), dist.is_main)
     for shots, tasks in runs.items():
         if dist.is_main:
             shots_text = "default" if shots is None else str(shots)
-            print(f"{metadata['path']}, step {metadata['step']}, {shots_text} shots", flush=True)
+            print(visible(f"{metadata['path']}, step {metadata['step']}, {shots_text} shots"), flush=True)
         run_tasks(lm, tasks, shots, cfg, manager)
     if dist.is_main and lm.n_truncated:
         print(f"{lm.n_truncated:,} contexts were longer than the model can read and lost their beginning")

@@ -11,18 +11,18 @@ Reads the validation shards of each source. With several sources it prints each 
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from nano416 import checkpoint, distributed
-from nano416.config import parse_config, run_cli
+from nano416.config import parse_config, run_cli, visible
 from nano416.dataloader import BatchLayout, DataConfig
 from nano416.dataset import TokenDataset
 from nano416.devices import supports_bf16
 from nano416.evaluate import LossOptions, evaluate_loss
 from nano416.scoring import is_bidirectional
-from nano416.tokenizer import load_tokenizer
+from nano416.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,17 @@ class EvalLossConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def open_dataset(source: str, metadata: dict[str, Any]) -> TokenDataset:
+def open_dataset(source: str, checkpoint_path: str, tokenizer: Tokenizer) -> TokenDataset:
     """Open a shard folder. Raises ValueError unless its tokens are those of the checkpoint's tokenizer."""
     dataset = TokenDataset(source)
-    expected = metadata["tokenizer"]["name"]
-    actual = dataset.tokenizer["name"]
-    if actual != expected:
+    expected = tokenizer.info()
+    actual = dataset.tokenizer
+    # Not the names: a tokenizer.json may change or move.
+    if any(actual[key] != expected[key] for key in ("sha256", "vocab_size", "eot_id")):
         raise ValueError(
-            f"{source} holds {actual} tokens, {metadata['path']} reads {expected}; prepare the text again with "
-            f"--tokenizer={expected}"
+            f"{source} holds tokens of {actual['name']} (vocabulary {str(actual['sha256'])[:12]}), {checkpoint_path} "
+            f"reads {expected['name']} ({expected['sha256'][:12]}); prepare the text again with "
+            f"--tokenizer={expected['name']}"
         )
     return dataset
 
@@ -75,16 +77,17 @@ def format_table(row: dict[str, float | None], sources: list[str]) -> str:
 def main(cfg: EvalLossConfig) -> None:
     """Evaluate in one process or under torchrun, and print the table."""
     dist = distributed.init()
-    model, metadata = checkpoint.load_model(cfg.checkpoint, dist.device)
-    datasets = {source: open_dataset(source, metadata) for source in cfg.sources}
+    model, tokenizer, metadata = checkpoint.load_model_and_tokenizer(cfg.checkpoint, dist.device)
+    datasets = {source: open_dataset(source, metadata["path"], tokenizer) for source in cfg.sources}
     if cfg.num_mc is not None and not is_bidirectional(model):
         raise ValueError("--num_mc has no effect on an autoregressive model; leave it out")
     use_bf16 = supports_bf16(dist.device) if cfg.dtype is None else cfg.dtype == "bf16"
     options = LossOptions(cfg.eval_tokens, torch.bfloat16 if use_bf16 else None, cfg.num_mc or 1)
     layout = BatchLayout(cfg.batch_size * dist.dp_size, cfg.batch_size, dist.dp_rank, dist.dp_size)
-    row = evaluate_loss(model, datasets, load_tokenizer(metadata["tokenizer"]), layout, options)
+    row = evaluate_loss(model, datasets, tokenizer, layout, options)
     if dist.is_main:
-        print(f"{metadata['path']}, step {metadata['step']:,}\n{format_table(row, list(cfg.sources))}")
+        table = format_table(row, list(cfg.sources))
+        print(visible(f"{metadata['path']}, step {metadata['step']:,}\n{table}"))
     distributed.shutdown()
 
 

@@ -12,6 +12,7 @@ Reads metrics.jsonl or stats.jsonl. A comparison also prints how soon each run r
 import math
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +20,15 @@ from typing import Any, Literal
 import numpy as np
 
 from nano416 import metrics
-from nano416.config import parse_config, run_cli
+from nano416.config import parse_config, run_cli, visible
 
 Rows = list[dict[str, Any]]
 XName = Literal["step", "tokens", "flops", "hours"]
 X_LABELS = {"step": "optimizer steps", "tokens": "training tokens", "flops": "training FLOPs", "hours": "hours"}
+# The numbers of a row that are drawn.
+DRAWN = {"step", "tokens", "flops", "elapsed_s"} | {key for panel in metrics.PANELS for key in panel.keys}
+# Beyond this size, and thus for infinity, matplotlib cannot place ticks.
+MAX_DRAWN = 1e100
 # Seconds between two looks at the files.
 WATCH_INTERVAL_S = 5.0
 
@@ -58,7 +63,7 @@ def main(cfg: PlotConfig) -> None:
     """Draw once, or with --watch until interrupted."""
     drawn = last_change(cfg.run_dirs)
     draw(cfg)
-    print(cfg.picture)
+    print(visible(str(cfg.picture)))
     while cfg.watch:
         time.sleep(WATCH_INTERVAL_S)
         changed = last_change(cfg.run_dirs)
@@ -82,21 +87,44 @@ def draw(cfg: PlotConfig) -> None:
     if cfg.x or len(runs) > 1:
         x = cfg.x or "tokens"
         plot_comparison(runs, x, cfg.picture)
-        print(compare(runs, x))
+        print(visible(compare(runs, x)))
     else:
         name, rows = runs.popitem()
         metrics.plot(name, rows, cfg.picture)
 
 
 def read_runs(run_dirs: list[str]) -> dict[str, Rows]:
-    """{name: rows}; runs/a and runs/b are called a and b. Raises ValueError for a run without rows."""
-    parents = [os.path.dirname(os.path.normpath(path)) for path in run_dirs]
-    common = os.path.commonpath(parents) or "."
-    runs = {os.path.relpath(path, common): metrics.read_metrics(path) for path in run_dirs}
-    for name, rows in runs.items():
+    """{name: rows}; runs/a and runs/b are called a and b. Raises ValueError for a run without rows or with odd ones."""
+    # Absolute, since relative and absolute paths have nothing in common.
+    parents = [os.path.dirname(os.path.abspath(path)) for path in run_dirs]
+    common = os.path.commonpath(parents)
+    runs = {}
+    for path in run_dirs:
+        name = os.path.relpath(path, common)
+        rows = [read_numbers(row, DRAWN, f"{path}: row {n}") for n, row in enumerate(metrics.read_metrics(path), 1)]
         if not rows:
             raise ValueError(f"{name} has no rows yet; train for at least log_every steps")
+        for number, row in enumerate(rows, 1):
+            if not {"step", "tokens"} <= row.keys():
+                raise ValueError(f"{path}: row {number} lacks the number of its step or of its tokens; delete it")
+        runs[name] = rows
     return runs
+
+
+def read_numbers(row: Any, keys: Iterable[str], where: str) -> dict[str, float]:
+    """The numbers of these keys; null and NaN are left out. Raises ValueError for anything else."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is not a table of numbers")
+    numbers = {}
+    for key in keys:
+        value = row.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{where} has {key} = {str(value)[:40]!r}, which is not a number; delete that row")
+        if abs(value) <= MAX_DRAWN:
+            numbers[key] = value
+    return numbers
 
 
 # ---- Comparison ------------------------------------------------------------------------------------------------------
@@ -116,7 +144,8 @@ def curve(rows: Rows, key: str, x: XName) -> tuple[list[float], list[float]]:
         raise ValueError(f"the runs were logged without {x}; choose another --x")
     # Step 0 is left out: it has no place on a logarithmic axis.
     measured = [row for row in rows if row.get(key) is not None and row["tokens"] > 0]
-    known_tokens, known_xs = zip((0, 0), *known, strict=True)
+    # In order even if two runs have written to the same file.
+    known_tokens, known_xs = zip((0, 0), *sorted(known), strict=True)
     xs = np.interp([row["tokens"] for row in measured], known_tokens, known_xs)
     return xs.tolist(), [row[key] for row in measured]
 
@@ -145,8 +174,9 @@ def compare(runs: dict[str, Rows], x: XName) -> str:
     for name, rows in runs.items():
         _, losses = curves[name]
         last = losses[-1] if losses else math.nan
-        reached = steps_to_loss(rows, target, x)
-        when = "-" if reached is None else f"{reached:.4g} {x} ({reached / first_xs[-1]:.2f}x)"
+        reached = steps_to_loss(rows, target, x) if first_losses else None
+        ratio = reached / first_xs[-1] if reached is not None and first_xs[-1] else math.nan
+        when = "-" if reached is None else f"{reached:.4g} {x} ({ratio:.2f}x)"
         lines.append(f"{name:{width}}  {last:15.4f}   {when}")
     return "\n".join(lines)
 
@@ -157,11 +187,12 @@ def plot_comparison(runs: dict[str, Rows], x: XName, path: Path) -> None:
     panels = {"loss": "Training loss, smoothed", "val_loss": "Validation loss"}
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
         for name, rows in runs.items():
+            label = metrics.plain_label(name)
             xs, losses = curve(rows, key, x)
             if key == "loss":
-                axis.plot(xs, metrics.smooth(losses), label=name)
+                axis.plot(xs, metrics.smooth(losses), label=label)
             else:
-                axis.plot(xs, losses, "o-", ms=3, label=name)
+                axis.plot(xs, losses, "o-", ms=3, label=label)
         axis.set(title=title, xlabel=X_LABELS[x], ylabel="nats per token", xscale="log", yscale="log")
         format_log_axes(axis, x)
         axis.legend(fontsize=8)
@@ -193,11 +224,17 @@ def plot_stats(run_dir: str, path: Path) -> None:
     if not rows:
         raise ValueError(f"{run_dir}/stats.jsonl has no rows yet; train for at least stats_every steps")
     # In the model's own order, from the embedding to the last norm.
-    names = list(rows[0]["weight_norm"])
-    steps = [row["step"] for row in rows]
+    norms = rows[0].get("weight_norm")
+    names = list(norms) if isinstance(norms, dict) else []
+    if not names:
+        raise ValueError(
+            f"{run_dir}/stats.jsonl does not begin with the weight_norm of any weight; delete its first row"
+        )
+    steps = [str(row["step"])[:12] for row in rows]
 
     def table(key: str) -> np.ndarray:  # [weights, steps]
-        return np.array([[row.get(key, {}).get(name, np.nan) for row in rows] for name in names], dtype=float)
+        columns = [read_numbers(row.get(key) or {}, names, f"{run_dir}/stats.jsonl: {key}") for row in rows]
+        return np.array([[column.get(name, np.nan) for column in columns] for name in names], dtype=float)
 
     maps = {
         "weight norm": table("weight_norm"),
@@ -216,8 +253,9 @@ def plot_stats(run_dir: str, path: Path) -> None:
             image = axis.imshow(logs, aspect="auto", interpolation="nearest")
             figure.colorbar(image, ax=axis, label="log10")
         ticks = np.unique(np.linspace(0, len(steps) - 1, 6).astype(int))
-        axis.set(title=title, xlabel="step", xticks=ticks, xticklabels=[steps[i] for i in ticks])
-        axis.set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=6)
+        axis.set(title=title, xlabel="step", xticks=ticks, xticklabels=[metrics.plain_label(steps[i]) for i in ticks])
+        labels = [metrics.plain_label(name.removesuffix(".weight")) for name in names]
+        axis.set_yticks(range(len(names)), labels, fontsize=6)
     metrics.save_figure(figure, path)
 
 

@@ -147,6 +147,10 @@ class Law:
         assert self.E is not None
         return self.E + self.reducible_loss(params, tokens, unique)
 
+    def describe(self) -> str:
+        """The constants that decide the optimal N, for messages."""
+        return f"E={self.E}, A={self.A:g}, B={self.B:g}, alpha={self.alpha:g}, beta={self.beta:g}"
+
     def constants(self) -> dict[str, float]:
         """The fitted constants, and the exponent of C in the optimal N."""
         named = {name: value for name, value in asdict(self).items() if isinstance(value, float)}
@@ -156,6 +160,8 @@ class Law:
 # Muennighoff's constants are published as logarithms.
 E, A, B = map(math.exp, (0.6254804, 6.255414, 7.3049974))
 EXPONENT = 0.3526596
+# A law must give sizes of models for budgets from a CPU's minute to beyond all computers.
+SOUND_FLOPS = (1e10, 1e40)
 # Masked diffusion: arXiv:2507.15857 publishes R_D* and R_N* (table 1) and these single-epoch optima, but no E, A or B.
 # With alpha = beta the optima determine A/B; the value of alpha, here Muennighoff's, then hardly affects the optimal N.
 MDM_OPTIMA = {1e19: "117M", 3e19: "217M", 1e20: "425M"}
@@ -182,7 +188,38 @@ def critical_flops(unique: float) -> float:
     return 2.12 * 10**1.956 * unique**2.174
 
 
+def read_law(path: str) -> Law:
+    """The law in a file that `fit` has written. Raises ValueError."""
+    constants = config.load_file(path).get("law")
+    if not isinstance(constants, dict) or not {"E", "A", "B", "alpha", "beta"} <= constants.keys():
+        raise ValueError(f"{path} holds no law with E, A, B, alpha and beta; write one with the command `fit`")
+    law = config.from_dict(Law, constants, f"{path}: law.")
+    if not is_sound(law):
+        raise ValueError(f"{path}: no model can be planned with the constants {law.describe()}; fit more runs")
+    return law
+
+
+def is_sound(law: Law) -> bool:
+    """Whether all constants are positive and determine the best model for any compute."""
+    constants = [law.A, law.B, law.alpha, law.beta, law.r_data, law.r_params]
+    if any(constant is not None and constant <= 0 for constant in constants) or (law.E is not None and law.E < 0):
+        return False
+    values: list[float] = []
+    try:
+        for flops in SOUND_FLOPS:
+            params, tokens = law.optimum(flops)
+            values += [params, tokens, law.optimal_params(tokens), law.reducible_loss(params, tokens)]
+            # What a plan for another preset or with many epochs asks for.
+            values += [law.optimal_params(1e30), law.reducible_loss(1e6, 1e6), law.reducible_loss(1e12, 1e15)]
+    except (OverflowError, ZeroDivisionError):
+        return False
+    return all(0 < value < math.inf for value in values)
+
+
 # ---- plan ------------------------------------------------------------------------------------------------------------
+
+# A bound of all amounts: products of three of them are still numbers.
+MAX_AMOUNT = 1e40
 
 
 @dataclass(frozen=True)
@@ -241,7 +278,7 @@ class Budget:
         if name in LAWS:
             law = LAWS[name]
         elif name.endswith(".json"):
-            law = config.from_dict(Law, config.load_file(name).get("law", {}))
+            law = read_law(name)
         else:
             raise ValueError(f"unknown law {name!r}; choose {', '.join(LAWS)} or a .json file written by `fit`")
         if self.unique_tokens and law.r_data is None:
@@ -322,7 +359,7 @@ def plan(cfg: Budget) -> None:
         if law.E is not None and (law.r_data is not None or not has_repeats)
     )
     unknown = "unknown for masked diffusion: E, A and B are not published; fit your own runs and give that --law"
-    print(f"loss       {losses + ', nats per token' if losses else unknown}")
+    print(config.visible(f"loss       {losses + ', nats per token' if losses else unknown}"))
     steps = f"{D // best.batch_tokens:,.0f} steps, max_lr {best.max_lr:g} (arXiv:2401.02954)"
     print(f"batch      {best.batch_tokens:,} tokens, {steps}")
     hours = D * best.shape.flops_per_token() / cfg.flops_per_gpu_hour
@@ -340,7 +377,7 @@ def plan(cfg: Budget) -> None:
     if cfg.output:
         title = f"scaling_laws plan, {best.flops:.3g} FLOP"
         files.write_text(cfg.output, to_toml(best, cfg.source, Path("runs", Path(cfg.output).stem), title))
-        print(f"wrote      {cfg.output}; python training.py {cfg.output} --dry_run")
+        print(config.visible(f"wrote      {cfg.output}; python training.py {cfg.output} --dry_run"))
 
 
 def peak_flops(gpu: str) -> float:
@@ -352,11 +389,13 @@ def peak_flops(gpu: str) -> float:
 
 
 def require_positive(cfg: Any, *names: str) -> None:
-    """Raise ValueError for an option that is given and not above 0."""
+    """Raise ValueError for an option that is given and not above 0, or so large that its products overflow."""
     for name in names:
         value = getattr(cfg, name)
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be above 0, got {value:g}")
+        if value is not None and value > MAX_AMOUNT:
+            raise ValueError(f"{name} must be at most {MAX_AMOUNT:g}, got {str(value)[:40]}")
 
 
 def require_folder(path: str | None) -> None:
@@ -432,6 +471,8 @@ class FitConfig:
     bootstrap: int = 100  # resampled fits for the intervals
 
     def __post_init__(self):
+        if self.bootstrap < 0:
+            raise ValueError(f"bootstrap must be at least 0, got {self.bootstrap}")
         require_folder(self.output)
         require_folder(self.plot)
 
@@ -445,13 +486,15 @@ def fit(cfg: FitConfig) -> None:
     require_same_kind(cfg.runs)
     points = [point for path in cfg.runs for point in read_points(Path(path))]
     law = fit_law(points)
+    if not is_sound(law):
+        raise ValueError(f"the runs do not determine a law: the best fit is {law.describe()}; add runs of more sizes")
     intervals = bootstrap_intervals(points, law, cfg.bootstrap)
     print_fit(points, law, intervals)
     files.write_json(cfg.output, {"law": asdict(law), "intervals": intervals, "runs": len(points)})
     if cfg.plot:
         draw(points, law, Path(cfg.plot))
     written = cfg.output + (f" and {cfg.plot}" if cfg.plot else "")
-    print(f"wrote      {written}; python -m tools.scaling_laws plan --flops=1e19 --law={cfg.output}")
+    print(config.visible(f"wrote      {written}; python -m tools.scaling_laws plan --flops=1e19 --law={cfg.output}"))
 
 
 def read_points(path: Path) -> list[Point]:
@@ -469,10 +512,12 @@ def read_points(path: Path) -> list[Point]:
             loss = row.get("val_loss", row.get("loss"))
             unique = min(row["tokens"], row.get("unique_tokens") or row["tokens"])
             point = Point(float(params), float(row["tokens"]), float(unique), float(loss))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path} lacks params, tokens or loss, or one is not a number: {line[:80]}") from error
-        if not all(0 < value < math.inf for value in point):
-            raise ValueError(f"{path}: params, tokens and loss must be above 0, got {point}")
+        # Far beyond all runs. Outside, the sums and powers of the fit overflow.
+        is_run = 1 <= point.params <= 1e15 and 1 <= point.unique <= point.tokens <= 1e18 and 1e-3 <= point.loss <= 1e3
+        if not is_run:
+            raise ValueError(f"{path}: params, tokens and loss must be above 0 and those of a run, got {point}")
         points.append(point)
     return points
 
@@ -484,7 +529,11 @@ def require_same_kind(runs: Sequence[str]) -> None:
         file = Path(run, "config.json")
         if file.exists():
             options = config.load_file(str(file))
-            kinds.setdefault((options["train"]["objective"], options["model"]["vocab_size"]), run)
+            try:
+                kind = (str(options["train"]["objective"]), int(options["model"]["vocab_size"]))
+            except (LookupError, TypeError, ValueError) as error:
+                raise ValueError(f"{file} is not the config of a run: it lacks {error}; leave {run} out") from error
+            kinds.setdefault(kind, run)
     if len(kinds) > 1:
         listing = " and ".join(f"{run} ({objective}, {size} tokens)" for (objective, size), run in kinds.items())
         raise ValueError(f"losses of different objectives or tokenizers do not belong to one law: {listing}")
@@ -510,7 +559,9 @@ def fit_law(points: Sequence[Point], start: Law | None = None) -> Law:
     n_sizes = len({p.params for p in new})
     # In thousands: runs of the same length differ by parts of a batch.
     n_token_counts = len({round(p.tokens, -3) for p in new})
-    if len(new) < 6 or min(n_sizes, n_token_counts) < 3 or len({p.loss for p in new}) < 3:
+    # To a millionth: what differs by less is rounding.
+    n_losses = len({round(math.log(p.loss), 6) for p in new})
+    if len(new) < 6 or min(n_sizes, n_token_counts, n_losses) < 3:
         raise ValueError(
             f"{len(new)} runs of at most one epoch, {n_sizes} sizes, {n_token_counts} token counts: five constants "
             "need at least 6 runs, 3 sizes, 3 token counts and 3 different losses; make more (`sweep chinchilla`)"
@@ -589,7 +640,10 @@ def bootstrap_intervals(points: Sequence[Point], law: Law, rounds: int) -> dict[
         if len(fits) == rounds:
             break
         with suppress(ValueError):
-            fits.append(fit_law(rng.choices(points, k=len(points)), law).constants())
+            constants = fit_law(rng.choices(points, k=len(points)), law).constants()
+            # A draw without repeated tokens has no R_D* and R_N*.
+            if constants.keys() == law.constants().keys():
+                fits.append(constants)
     low = int(0.025 * len(fits))
     high = math.ceil(0.975 * len(fits)) - 1
     ranked = {name: sorted(constants[name] for constants in fits) for name in law.constants()}
@@ -728,6 +782,8 @@ class SweepConfig:
             raise ValueError(f"{self.experiment} takes one compute, got --flops={given}")
         if self.experiment == "chinchilla" and self.sizes < max(3, 6 / len(self.flops)):
             raise ValueError(f"sizes must be at least 3, and 6 for a single compute, for `fit`; got {self.sizes}")
+        if self.sizes > len(SHAPES):
+            raise ValueError(f"sizes must be at most {len(SHAPES)}, the number of shapes, got {self.sizes}")
         require_positive(self, "seq_len", "batch_tokens")
         if self.batch_tokens and self.batch_tokens % self.seq_len:
             raise ValueError(f"batch_tokens ({self.batch_tokens}) must be a multiple of seq_len ({self.seq_len})")
@@ -745,7 +801,7 @@ def sweep(cfg: SweepConfig) -> None:
     runs: dict[str, TrainingPlan] = {}
     for C in cfg.flops or []:
         runs |= sweep_runs(cfg, Budget(flops=C, seq_len=cfg.seq_len, vocab_size=cfg.vocab_size))
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     for name, run in runs.items():
         title = f"{cfg.experiment}, {run.flops:.3g} FLOP"
         files.write_text(folder / f"{name}.toml", to_toml(run, cfg.source, folder / "runs" / name, title))
@@ -758,7 +814,7 @@ def sweep(cfg: SweepConfig) -> None:
     script = SWEEP_SCRIPT.format(title=title, folder=quoted, last=len(runs) - 1, finish=finish)
     files.write_text(folder / "run.sh", script)
     (folder / "run.sh").chmod(0o755)
-    print(f"{title}\nwrote      {folder}/*.toml and {folder}/run.sh")
+    print(config.visible(f"{title}\nwrote      {folder}/*.toml and {folder}/run.sh"))
 
 
 def sweep_runs(cfg: SweepConfig, budget: Budget) -> dict[str, TrainingPlan]:
