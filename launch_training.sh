@@ -9,8 +9,11 @@
 #   NNODES=1:4 ...                              elastic: resumes from the last save with the machines that are left
 #   sbatch slurm/train.sbatch [options]         the same under Slurm
 #
+# Training that crashes is started again, RESTARTS (3) times at most. SIGTERM and SIGUSR1 end everything with exit code
+# 75, Ctrl-C with 130: training saves first, and the same command continues.
+#
 # Several machines share the folder (or each has a copy of code, .venv and data) and RUN_DIR. Further variables:
-# MASTER_PORT (29500), LOCAL_ADDR (this machine's address if its name does not resolve), MAX_RESTARTS (3), RUN_ID.
+# MASTER_PORT (29500), LOCAL_ADDR (this machine's address if its name does not resolve), RUN_ID.
 # NCCL finds its network by itself. If it does not, NCCL_DEBUG=INFO shows what it chose, NCCL_SOCKET_IFNAME=eth0 (and
 # GLOO_SOCKET_IFNAME) names the interface, NCCL_IB_HCA=mlx5_0 the InfiniBand card. None is set here: what repairs one
 # cluster breaks another.
@@ -23,6 +26,22 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 say() { printf '\n== %s\n' "$*"; }
 
+# run COMMAND...: wait for a command in the background, since bash answers no signal while one is in the foreground.
+run() {
+    "$@" &
+    wait $!
+}
+
+# stop CODE: end what is running, then this script.
+stop() {
+    trap '' TERM USR1 INT
+    trap - ERR
+    # shellcheck disable=SC2046 # several process ids
+    kill $(jobs -p) 2>/dev/null || true
+    wait
+    exit "$1"
+}
+
 # make_environment FILE...: create a virtual environment and install the requirements in FILE... when they change.
 make_environment() {
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
@@ -33,7 +52,7 @@ make_environment() {
         [ -n "${python:-}" ] || { echo "Python >= 3.11 is needed; found $(python3 --version 2>&1 || true)" >&2; return 1; }
         if [ ! -x .venv/bin/pip ]; then
             say "environment: .venv ($("$python" --version))"
-            "$python" -m venv .venv || { echo "no virtual environment: install Python's venv (Debian: apt install python3-venv)" >&2; return 1; }
+            run "$python" -m venv .venv || { echo "no virtual environment: install Python's venv (Debian: apt install python3-venv)" >&2; return 1; }
         fi
         export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
     fi
@@ -42,7 +61,7 @@ make_environment() {
         stamp="${VIRTUAL_ENV:-$CONDA_PREFIX}/.nano416-${file##*/}"
         if ! cmp -s "$file" "$stamp"; then
             say "packages: $file (torch is large, this can take minutes)"
-            python -m pip install --disable-pip-version-check -q -r "$file"
+            run python -m pip install --disable-pip-version-check -q -r "$file"
             cp "$file" "$stamp"
         fi
     done
@@ -55,13 +74,14 @@ first_shards() {
 
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # sourced by tests/run.sh, for the functions
 
+trap 'stop 75' TERM USR1
+trap 'stop 130' INT
 stage="environment"
 trap 'echo "launch_training.sh: stopped in stage: $stage" >&2' ERR
 make_environment requirements.txt
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-processes=${NGPUS:-$gpus} nodes=${NNODES:-1}
-[ "$processes" -ge 1 ] || processes=1
+export NGPUS=${NGPUS:-$((gpus > 1 ? gpus : 1))}
 config=()
 case "${1:-}" in *.toml | *.json) ;; *) [ "$gpus" -gt 0 ] || config=(configs/sample.toml) ;; esac
 
@@ -70,42 +90,27 @@ case " ${1:-} $* " in
     *.toml\ * | *.json\ * | *" --sources"*) ;; # the user's own data
     *)
         if [ "$gpus" -eq 0 ]; then
-            [ -f data/sample/meta.json ] || { say "data: the Python language reference"; python data_pipeline.py sample; }
+            [ -f data/sample/meta.json ] || { say "data: the Python language reference"; run python data_pipeline.py sample; }
         else
             say "data: FineWeb-Edu, 10B tokens (20 GB; continues a partial download; training starts with the first shards)"
-            [ -f data/hellaswag_val.jsonl ] || python eval_hellaswag.py --download || echo "continuing without HellaSwag" >&2
+            [ -f data/hellaswag_val.jsonl ] || run python eval_hellaswag.py --download || echo "continuing without HellaSwag" >&2
             python data_pipeline.py download &
-            download=$!
-            trap 'kill $download 2>/dev/null || true' EXIT
+            export NANO416_DOWNLOAD=$! # launcher.py ends it
             until first_shards data/fineweb_edu; do
-                kill -0 $download 2>/dev/null || wait $download # a failed download ends this script
+                kill -0 $NANO416_DOWNLOAD 2>/dev/null || wait $NANO416_DOWNLOAD # a failed download ends this script
                 sleep 1
             done
         fi
         ;;
 esac
 
-stage="training"
-say "training: $processes process(es), $gpus GPU(s) visible"
-# On shared cores, threads that spin long at a barrier keep the last one from arriving (EXPERIMENTS.md).
-[ "$gpus" -gt 0 ] || export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
+say "training: $NGPUS process(es), $gpus GPU(s) visible"
+if [ "$gpus" -eq 0 ]; then
+    # On shared cores, threads that spin long at a barrier keep the last one from arriving (EXPERIMENTS.md).
+    export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
+elif [ "$NGPUS" != 1 ]; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun
+fi
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or a restarted worker finds the dead one's keys (pytorch#167288)
-if [ "$processes" -eq 1 ] && [ "$nodes" = 1 ]; then
-    python training.py "${config[@]}" "$@"
-else
-    [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=$((($(getconf _NPROCESSORS_ONLN) + processes - 1) / processes))
-    where=(--standalone)
-    if [ "$nodes" != 1 ]; then
-        here=${NODE_RANK:?} first=false
-        [ "$here" -ne 0 ] || first=true # the first machine keeps the list of the others and must stay alive
-        where=(--nnodes="$nodes" --rdzv_backend=c10d --rdzv_endpoint="${MASTER_ADDR:?}:${MASTER_PORT:-29500}")
-        where+=(--rdzv_id="${RUN_ID:-nano416}" --rdzv_conf="is_host=$first" --max_restarts="${MAX_RESTARTS:-3}")
-        [ -z "${LOCAL_ADDR:-}" ] || where+=(--local_addr="$LOCAL_ADDR")
-        where+=(--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1) # without USR1 in the list its workers would be orphaned
-        export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100 # seconds to save; Slurm's --signal gives 120
-        trap - EXIT
-        exec torchrun "${where[@]}" --nproc_per_node="$processes" training.py "${config[@]}" "$@"
-    fi
-    torchrun "${where[@]}" --nproc_per_node="$processes" training.py "${config[@]}" "$@"
-fi
+exec python -m nano416.launcher training.py "${config[@]}" "$@"

@@ -21,7 +21,9 @@ import contextlib
 import functools
 import gc
 import inspect
+import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -41,6 +43,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from nano416.config import Failure
 from nano416.devices import pick_device
 
 Strategy = Literal["ddp", "fsdp", "hsdp"]
@@ -109,29 +112,44 @@ def init(timeout_s: float = TIMEOUT_S, strategy: Strategy = "ddp", tp_size: int 
     """
     variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     missing = [name for name in variables if name not in os.environ]
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    check_layout(strategy, tp_size, world_size, local_world_size)
-    if len(missing) == len(variables):
-        return Dist(device=pick_device())
-    if missing:
+    if missing and len(missing) < len(variables):
         present = next(name for name in variables if name in os.environ)
         raise ValueError(f"{present} is set but {', '.join(missing)} is not; start several processes with torchrun")
-    rank = int(os.environ["RANK"])
-    local_rank = int(os.environ["LOCAL_RANK"])
+    if missing:
+        check_layout(strategy, tp_size, 1, 1)
+        return Dist(device=pick_device())
+    world_size = _torchrun_variable("WORLD_SIZE", 1, 2**31 - 1)
+    local_world_size = _torchrun_variable("LOCAL_WORLD_SIZE", 1, world_size, default=world_size)
+    check_layout(strategy, tp_size, world_size, local_world_size)
+    rank = _torchrun_variable("RANK", 0, world_size - 1)
+    local_rank = _torchrun_variable("LOCAL_RANK", 0, local_world_size - 1)
+    _torchrun_variable("MASTER_PORT", 0, 65535, default=0)
     device = _local_device(local_rank)
-    # init_process_group could do this, too, but would not hand out the store, which silent_ranks needs.
     timeout = timedelta(seconds=timeout_s)
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
-    # gloo as well as NCCL: what the ranks decide together is exchanged between CPUs, so that it never waits for a GPU.
-    torch_dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        # init_process_group could do this, too, but would not hand out the store, which silent_ranks needs.
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        # gloo as well as NCCL: what the ranks decide together is exchanged between CPUs, so that it never waits for a
+        # GPU.
+        torch_dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except torch_dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        # A stack of C++ calls follows.
+        reason = str(error).partition("\n")[0]
+        raise Failure(f"rank {rank} of {world_size} did not meet the others at {where}: {reason}") from error
+    if device.type == "cpu":
+        # That gloo has no all-to-all, once per rank: torch falls back, and nobody can change it.
+        logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if local_rank == 0 and restart != "0":
+        print(f"restart {restart} of {os.environ['TORCHELASTIC_MAX_RESTARTS']}", file=sys.stderr, flush=True)
     global _dist
     _dist = Dist(
         rank=rank,
@@ -144,6 +162,18 @@ def init(timeout_s: float = TIMEOUT_S, strategy: Strategy = "ddp", tp_size: int 
         store=store,
     )
     return _dist
+
+
+def _torchrun_variable(name: str, low: int, high: int, default: int | None = None) -> int:
+    """An integer that torchrun has put into the environment. Raises ValueError if it is none or out of range."""
+    text = os.environ.get(name, str(default))
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise ValueError(f"{name}={text} must be an integer from {low} to {high}; torchrun sets it")
+    return value
 
 
 def check_layout(strategy: Strategy, tp_size: int, world_size: int, local_world_size: int) -> None:
@@ -178,7 +208,9 @@ def _local_device(local_rank: int) -> torch.device:
 
 
 def shutdown() -> None:
-    """Leave the process group."""
+    """Leave the process group, once all ranks have come here."""
+    # torchrun ends the other ranks when one has left with an exit code, and rank 0 may still be writing.
+    barrier()
     # Gloo aborts in a quarter of interpreter exits while DDP's reducer is alive (torch 2.13), which would make a
     # finished run a failed one. The reducer is in a reference cycle, and training has frozen the garbage collector.
     gc.unfreeze()
@@ -196,10 +228,14 @@ def silent_ranks(patience_s: float = 5.0) -> str:
     """
     if _dist.store is None:
         return "a rank was late"
-    _dist.store.set(f"nano416/alive/{rank()}", "yes")
-    # The other living ranks may notice the failure a little later.
-    time.sleep(patience_s)
-    silent = [str(other) for other in range(world_size()) if not _dist.store.check([f"nano416/alive/{other}"])]
+    try:
+        _dist.store.set(f"nano416/alive/{rank()}", "yes")
+        # The other living ranks may notice the failure a little later.
+        time.sleep(patience_s)
+        silent = [str(other) for other in range(world_size()) if not _dist.store.check([f"nano416/alive/{other}"])]
+    except torch_dist.DistError:
+        # Without torchrun's agent, or with TORCH_DISABLE_SHARE_RDZV_TCP_STORE, rank 0 holds the store.
+        silent = ["0"]
     return f"rank {', '.join(silent)} does not answer" if silent else "a rank was late"
 
 
@@ -340,9 +376,12 @@ def eval_mode(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[No
     device_type = next(model.parameters()).device.type
     autocast = torch.autocast(device_type, dtype) if dtype else contextlib.nullcontext()
     # The blocks are compiled for training's shape alone.
-    with torch.compiler.set_stance("force_eager"), autocast:
-        yield
-    model.reshard()
+    try:
+        with torch.compiler.set_stance("force_eager"), autocast:
+            yield
+    finally:
+        # Also when the evaluation is abandoned: the model is saved afterwards.
+        model.reshard()
 
 
 # ---- Sharded tensors -------------------------------------------------------------------------------------------------
@@ -361,6 +400,21 @@ def full_state(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: full_state(item) for name, item in value.items()}
     return value
+
+
+def local_shard(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """This rank's shard of a tensor, sharing its memory, and the index in the whole tensor where it begins."""
+    offsets = [0] * tensor.dim()
+    if not isinstance(tensor, DTensor):
+        return tensor, offsets
+    assert all(type(placement) in (Shard, Replicate) for placement in tensor.placements)
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            # No dimension is sharded twice. As torch.chunk divides: equal shards, the last ones smaller or empty.
+            size = tensor.shape[placement.dim]
+            shard_size = -(-size // tensor.device_mesh.size(mesh_dim))
+            offsets[placement.dim] = min(size, shard_size * tensor.device_mesh.get_local_rank(mesh_dim))
+    return tensor.to_local(), offsets
 
 
 def distribute_like(full: Tensor, like: Tensor) -> Tensor:
@@ -432,6 +486,22 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
+@contextlib.contextmanager
+def shared_errors() -> Iterator[None]:
+    """A ValueError inside the block on any rank is raised on all ranks, which end it together.
+
+    The block must not communicate. Otherwise the other ranks would wait for one that has left.
+    """
+    message = None
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+    messages = [text for text in all_gather_object(message) if text is not None]
+    if messages:
+        raise ValueError(messages[0])
+
+
 def all_reduce_mean(value: Tensor) -> Tensor:
     """Average over the ranks."""
     return all_reduce_sum(value) / world_size()
@@ -458,12 +528,12 @@ def all_reduce_max(values: list[int]) -> list[int]:
     return tensor.tolist()
 
 
-def all_gather_object(value: Any) -> list[Any]:
-    """Every rank's picklable value, in rank order, on every rank."""
+def all_gather_object(value: Any, group: Any = None) -> list[Any]:
+    """Every rank's picklable value, in rank order, on every rank. group: what new_cpu_group returned."""
     if not torch_dist.is_initialized():
         return [value]
     values: list[Any] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(values, value)
+    torch_dist.all_gather_object(values, value, group=group)
     return values
 
 

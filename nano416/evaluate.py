@@ -6,6 +6,7 @@ row["val_loss"], row["val_bpb"]
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class LossOptions:
     max_tokens: int | None = None  # per source; none = all
     dtype: torch.dtype | None = None  # of matmuls; none = the weights' own
     num_mc: int = 1  # masked diffusion: draws per sequence
+    between_batches: Callable[[], object] = lambda: None  # called equally often on every rank; what it raises ends it
 
 
 def evaluate_loss(
@@ -65,6 +67,7 @@ def _sum_losses(
     sums = torch.zeros(3, dtype=torch.float64)
     batches = validation_batches(dataset, model.config.seq_len, layout, options.max_tokens)
     for number, (tokens, targets) in enumerate(batches):
+        options.between_batches()
         # Targets beyond the data are -100.
         counted = targets >= 0
         n_tokens = int(counted.sum())

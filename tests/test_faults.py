@@ -1,6 +1,7 @@
 """Faults that need a real process, disk or signal: a dying rank, a silent one, a full file system, missing files."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from processes import python
+from processes import free_port, python, start_ranks
 from test_fault_tolerance import LONG, begin, command, undisturbed, wait_for_step  # noqa: F401  # the fixture
 from test_training import losses, run, same_weights
 
 import data_pipeline
-from nano416 import checkpoint, metrics
+from nano416 import checkpoint, distributed, files, metrics
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("no_plots")]
 
@@ -159,3 +160,76 @@ def test_metrics_torn_by_a_kill_are_mended(data, tmp_path, undisturbed):  # noqa
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert all(json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert metrics.read_metrics(tmp_path / "run")[-1]["step"] == 40
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF])
+def test_a_file_system_without_locks_is_said_and_not_taken_for_another_run(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    os.close(files.lock(tmp_path))
+    error = capsys.readouterr().err
+    assert "has no locks" in error and os.strerror(number) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_another_process_holds_is_refused(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with pytest.raises(files.Locked, match="another process"):
+        files.lock(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("RANK", "x"), ("RANK", "3"), ("RANK", "-1"), ("RANK", ""), ("RANK", "1.0"), ("LOCAL_RANK", "2")),
+        *(("WORLD_SIZE", "0"), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "-2"), ("LOCAL_WORLD_SIZE", "0")),
+        *(("LOCAL_WORLD_SIZE", "3"), ("LOCAL_RANK", "x"), ("MASTER_PORT", "http"), ("MASTER_PORT", "70000")),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["ddp", "hsdp"])
+def test_a_variable_of_torchrun_that_makes_no_sense_is_named(monkeypatch, name, value, strategy):
+    good = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+    for variable, text in {**good, "MASTER_ADDR": "localhost", name: value}.items():
+        monkeypatch.setenv(variable, text)
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        distributed.init(strategy=strategy)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_comes_alone_says_so_within_the_timeout(data, tmp_path, rank):
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    code, _, error = python(*command(data, tmp_path, "--timeout=1"), **env, MASTER_PORT=str(free_port()))
+    assert code == 1 and "Traceback" not in error
+    # The C++ side of torch has its say before.
+    assert error.splitlines()[-1].startswith(
+        f"training.py: failed: rank {rank} of 2 did not meet the others at localhost"
+    )
+
+
+@pytest.mark.slow
+def test_what_is_wrong_on_one_rank_alone_ends_all_with_one_line_and_code_2(data, tmp_path):
+    process = begin(data, tmp_path, "--max_steps=100000", "--eval_every=0", "--checkpoint_every=0")
+    wait_for_step(process.lines(), 1)
+    # Rank 0 alone locks the directory.
+    seconds = start_ranks(2, command(data, tmp_path))
+    errors = [rank.communicate(timeout=90)[1] for rank in seconds]
+    process.kill()
+    process.wait()
+    assert [rank.returncode for rank in seconds] == [2, 2]
+    assert all(error.count("\n") == 1 and "another run" in error for error in errors), errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts, code", [(0, 1), (2, 0)])
+def test_torchrun_does_not_start_again_what_its_time_limit_has_ended(data, tmp_path, restarts, code):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--max_restarts={restarts}"]
+    long = command(data, tmp_path, "--max_steps=1000000", "--time_limit=2s")
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node=2", *long], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code and done.stdout.count("stopped by time limit") == 1
