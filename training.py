@@ -14,8 +14,10 @@ import contextlib
 import gc
 import importlib.util
 import json
+import math
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,10 +31,22 @@ from torch import nn
 
 import eval_hellaswag
 from model import ModelConfig, Transformer
-from nano416 import ablations, checkpoint, devices, diffusion, distributed, estimate, fault_tolerance, files, metrics
+from nano416 import (
+    ablations,
+    branches,
+    checkpoint,
+    devices,
+    diffusion,
+    distributed,
+    estimate,
+    fault_tolerance,
+    files,
+    metrics,
+)
 from nano416.ablations import AblationConfig
+from nano416.branches import ResumePoint
 from nano416.checkpoint import CheckpointWriter, TrainState
-from nano416.config import Failure, differences, from_dict, parse_config, run_cli, to_dict
+from nano416.config import Failure, differences, final_exit_code, from_dict, parse_config, run_cli, to_dict, visible
 from nano416.cpu_ops import retain_freed_memory
 from nano416.dataloader import Batch, BatchLayout, DataConfig, Mixture, TokenLoader
 from nano416.devices import autocast
@@ -40,16 +54,21 @@ from nano416.diffusion import DiffusionConfig
 from nano416.distributed import Dist, all_reduce_mean, no_sync
 from nano416.estimate import Workload
 from nano416.evaluate import LossOptions, evaluate_loss
-from nano416.fault_tolerance import StepGuard, StopSignal
+from nano416.fault_tolerance import Abandoned, StepGuard, StopSignal
 from nano416.generate import Sampling, generate
 from nano416.metrics import RunLog, Timer
 from nano416.optimizers import EMA, OptimConfig, ParamStats, build_optimizer, clip_grad_norm_, optimizer_step, set_lr
+from nano416.scoring import ScoringConfig
 from nano416.tokenizer import Tokenizer, load_tokenizer
 
 # For a plan without data.
 GPT2_VOCAB_SIZE = 50257
 # What text samples during training begin with.
 SAMPLE_PROMPT = "The"
+# More would overflow 64 bits.
+MAX_TOKENS = 2**62
+# Steps between looks at the guard of a run without log lines; a look waits for the GPU.
+GUARD_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,8 @@ class TrainConfig:
     tracker: Literal["wandb", "tensorboard", "trackio"] | None = None  # also send the metrics to this service
     dry_run: bool = False  # print the plan and exit
 
+    # One of these on the command line replaces what a config file says about the others.
+    alternatives: ClassVar = (("max_tokens", "epochs", "max_steps"),)
     # Options of 0.1 and the values with which they had no effect.
     retired: ClassVar = {"zero_init": False, "eval_only": None, "preflight": False, "dollars_per_gpu_hour": 2.0}
 
@@ -106,6 +127,14 @@ class TrainConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 < self.activation_memory_budget <= 1:
             raise ValueError(f"activation_memory_budget must be in (0, 1], got {self.activation_memory_budget}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63, got {self.seed}")
+        if self.init_from and self.resume not in ("auto", "never"):
+            raise ValueError("--resume continues a run and --init_from starts one from weights; give only one of them")
+        for name in ("run_dir", "resume", "init_from", "hellaswag", "kill_switch"):
+            files.require_local(name, getattr(self, name))
+        if (self.max_steps or 1) * self.batch_tokens > MAX_TOKENS or self.max_tokens > MAX_TOKENS:
+            raise ValueError(f"the run is longer than {MAX_TOKENS:,} tokens; lower max_steps or max_tokens")
         if self.tracker and not importlib.util.find_spec(self.tracker):
             raise ValueError(f"--tracker={self.tracker} needs a package: pip install {self.tracker}, or leave it out")
 
@@ -132,12 +161,30 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a run has come: optimizer steps, and the tokens they were made with."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What follows from a config, its data and the number of processes."""
+    """What follows from a config, its data, the number of processes and what is done already."""
 
     total_steps: int
     layout: BatchLayout
     tokens_per_epoch: int | None  # None where the data are unknown
+    schedule_tokens: int | None  # length of the learning rate schedule; None = total_steps (--max_steps)
+
+    def schedule_position(self, step: int, tokens: int, batch_tokens: int) -> tuple[float, int]:
+        """(where the learning rate schedule is, its length), in steps of today's batch.
+
+        It follows the tokens, so that the learning rate does not jump when a run is resumed with another batch.
+        """
+        if self.schedule_tokens is None:
+            return step, self.total_steps
+        return tokens / batch_tokens, self.schedule_tokens // batch_tokens
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -146,17 +193,20 @@ class Plan:
 def train(cfg: Config, dist: Dist) -> str | None:
     """Run the training loop. Returns why it stopped early, or None if it is done."""
     # Each line needs only those above it: data -> vocabulary -> model -> micro-batch size -> plan -> loader -> resume.
-    mixture = Mixture(cfg.data, cfg.model.seq_len)
+    with distributed.shared_errors():
+        mixture = Mixture(cfg.data, cfg.model.seq_len)
     cfg = resolve_vocab_size(cfg, mixture.tokenizer["vocab_size"])
-    resume_from = find_resume_checkpoint(cfg, dist)
-    if resume_from and is_finished(cfg, mixture, resume_from, dist):
+    mixture.require_validation()
+    point = find_resume_point(cfg, dist)
+    done = progress_of(point, cfg)
+    if point and is_finished(cfg, mixture, point, dist):
         return None
-    log = open_run_dir(cfg, dist, count_steps(cfg, mixture.tokens_per_epoch))
+    log = open_run_dir(cfg, dist, count_steps(cfg, mixture.tokens_per_epoch, done))
     dtype = compute_dtype(cfg, dist.device)
     torch.manual_seed(cfg.train.seed)
     # raw_model has the weights, model is what the loop calls.
-    raw_model = build_model(cfg, dist, log)
-    plan = make_plan(cfg, dist, mixture.tokens_per_epoch, find_batch_size(raw_model, cfg, dist))
+    raw_model = build_model(cfg, dist, mixture.tokenizer, log)
+    plan = make_plan(cfg, dist, mixture.tokens_per_epoch, find_batch_size(raw_model, cfg, dist), done)
     layout = plan.layout
     model = distributed.apply_ddp(raw_model, dist)
     if dist.world_size > 1:
@@ -167,20 +217,31 @@ def train(cfg: Config, dist: Dist) -> str | None:
     ema = EMA(raw_model, cfg.optim.ema) if cfg.optim.ema else None
     guard = StepGuard(dist.device, cfg.train.skip_spikes)
     loader = TokenLoader(mixture, layout, cfg.train.seed, dist.device)
+    loader.check_stages(done.tokens // cfg.model.seq_len + (plan.total_steps - done.step) * layout.batch_sequences)
+    tokenizer = try_load_tokenizer(mixture.tokenizer, log)
+    hellaswag_items = load_hellaswag(cfg, tokenizer, log)
+    check_disk(cfg, plan, dist, done)
     state = TrainState(raw_model, optimizer, loader, guard, ema)
-    first_step, elapsed_s = resume(state, resume_from, cfg, log)
+    elapsed_s = resume(state, point, cfg, log)
+    step = done.step
+    branch = point.branch if point else None
+    # A step is saved once, and not where the run begins, unless it ends there without its last checkpoint.
+    saved_step = step
+    if point and step == plan.total_steps and point.path != final_path(cfg, step):
+        saved_step = -1
     # It maps the whole checkpoint file into memory.
-    del resume_from
-    step = first_step
+    del point
     if dist.is_main:
         files.write_json(Path(cfg.train.run_dir, "config.json"), to_dict(cfg))
-        mixture.warn_without_checksums()
-    tokenizer = try_load_tokenizer(mixture.tokenizer, log)
+        mixture.warn_about_shards()
     writer = CheckpointWriter(cfg.train.run_dir, log.print, cfg.train.keep_every)
     param_stats = ParamStats(raw_model, cfg.train.stats_every, lambda row: log.append("stats.jsonl", row))
-    loss_options = LossOptions(cfg.train.eval_tokens, dtype, cfg.diffusion.num_mc)
-    timer = Timer(dist.device, step * cfg.train.batch_tokens, elapsed_s)
-    log.info(describe(plan, cfg, dist))
+    stop = StopSignal(cfg.train.time_limit, cfg.train.kill_switch, cfg.train.save_interval)
+    # Evaluations are left when it is time to stop.
+    loss_options = LossOptions(cfg.train.eval_tokens, dtype, cfg.diffusion.num_mc, stop.abandon)
+    scoring = ScoringConfig(between_batches=stop.abandon)
+    timer = Timer(dist.device, done.tokens, elapsed_s)
+    log.info(describe(plan, cfg, dist, done))
     if cfg.train.tracker:
         log.start_tracker(cfg.train.tracker, to_dict(cfg), step)
     log.start(step)
@@ -196,39 +257,51 @@ def train(cfg: Config, dist: Dist) -> str | None:
         with timer.exclude(name), averaged, distributed.eval_mode(raw_model, dtype):
             yield
 
-    with StopSignal(cfg.train.time_limit, cfg.train.kill_switch, cfg.train.save_interval) as stop:
+    with stop:
         while True:
             is_last = step >= plan.total_steps
             # All ranks must agree on this: one all-reduce on the CPU, which does not wait for the GPU.
             stop_reason, save_due = stop.check()
-            tokens = step * cfg.train.batch_tokens
+            # Not step * batch_tokens: the run may have been resumed with another batch.
+            tokens = loader.tokens
 
             # Save before evaluating: what fails in an evaluation must not cost the weights.
             is_permanent = is_last or every(step, cfg.train.checkpoint_every)
-            if step > first_step and (is_permanent or stop_reason or save_due):
-                with timer.exclude("saving"):
-                    metadata = {"tokens": tokens, "config": to_dict(cfg), "tokenizer": mixture.tokenizer}
-                    metadata["metrics"] = {"elapsed_s": timer.elapsed_s()}
-                    log.info(f"saving {writer.save(step, state, metadata, is_permanent)}")
-            if stop_reason and not is_last:
+            if step != saved_step and (is_permanent or stop_reason or save_due):
+                saved_step = step
+                if guard.in_bad_streak() and not is_last:
+                    # What diverges must not replace the last good checkpoint, nor be resumed from.
+                    log.info(f"not saved at step {step:,}: its loss or gradient is NaN, infinite or a spike")
+                else:
+                    with timer.exclude("saving"):
+                        metadata = {"tokens": tokens, "config": to_dict(cfg), "tokenizer": mixture.tokenizer}
+                        metadata |= {"metrics": {"elapsed_s": timer.elapsed_s()}, "branch": branch}
+                        log.info(f"saving {writer.save(step, state, metadata, is_permanent)}")
+            if stop_reason:
                 break
 
-            if is_last or every(step, cfg.train.eval_every):
-                with evaluating("validation"):
-                    row = evaluate_loss(raw_model, mixture.datasets, tokenizer, layout, loss_options)
-                    log.metrics(step, tokens, **row)
-            # At step 0 the validation loss tells whether model and data are sound; HellaSwag and text would be random.
-            if is_last or (step and every(step, cfg.train.checkpoint_every)):
-                with evaluating("HellaSwag"):
-                    log.metrics(step, tokens, **evaluate_hellaswag(raw_model, tokenizer, cfg, log, dtype))
-            if is_last or (step and every(step, cfg.train.sample_every)):
-                with evaluating("sampling"):
-                    log.info(sample_text(raw_model, tokenizer, cfg, dist))
+            try:
+                if is_last or every(step, cfg.train.eval_every):
+                    with evaluating("validation"):
+                        row = evaluate_loss(raw_model, mixture.datasets, tokenizer, layout, loss_options)
+                        log.metrics(step, tokens, **row)
+                # At step 0 the validation loss tells whether model and data are sound; HellaSwag and text would be
+                # random.
+                if is_last or (step and every(step, cfg.train.checkpoint_every)):
+                    with evaluating("HellaSwag"):
+                        row = evaluate_hellaswag(raw_model, tokenizer, hellaswag_items, dtype, scoring)
+                        log.metrics(step, tokens, **row)
+                if is_last or (step and every(step, cfg.train.sample_every)):
+                    with evaluating("sampling"):
+                        log.info(sample_text(raw_model, tokenizer, cfg, dist))
+            except Abandoned:
+                # The next pass saves, unless this step is saved, and ends. A resumed run evaluates this step again.
+                continue
             if is_last:
                 break
 
             # One optimizer step: accumulate gradients over micro-batches, clip, update.
-            lr = set_lr(optimizer, step, plan.total_steps, cfg.optim)
+            lr = set_lr(optimizer, *plan.schedule_position(step, tokens, cfg.train.batch_tokens), cfg.optim)
             loss = torch.zeros((), device=dist.device)
             for micro_step in range(layout.grad_accum_steps):
                 batch = loader.next_batch()
@@ -261,22 +334,23 @@ def train(cfg: Config, dist: Dist) -> str | None:
             if every(step, cfg.train.log_every):
                 # .item() waits for the GPU, as do the guard's answers: only once per log line.
                 values = {"loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
-                tokens = step * cfg.train.batch_tokens
-                values |= timer.speed(tokens, cfg.model.flops_per_token(), dist.world_size)
-                log.metrics(step, tokens, **values, skipped_steps=guard.newly_skipped() or None)
-                if guard.gave_up():
-                    raise Failure(fault_tolerance.bad_steps_message(step, loader.describe(batch)))
+                values |= timer.speed(loader.tokens, cfg.model.flops_per_token(), dist.world_size)
+                log.metrics(step, loader.tokens, **values, skipped_steps=guard.newly_skipped() or None)
+            # Also where nothing is logged.
+            if (every(step, cfg.train.log_every or GUARD_EVERY) or step == plan.total_steps) and guard.gave_up():
+                raise Failure(fault_tolerance.bad_steps_message(step, loader.describe(batch)))
 
-    writer.wait()
-    loader.close()
-    log.close()
-    if writer.failed:
-        raise Failure(f"the last checkpoint is missing: {writer.failed}")
-    if is_last:
-        write_summary(cfg, plan, dist, log, timer)
-        return None
-    log.info(f"stopped by {stop_reason} at step {step:,} of {plan.total_steps:,}; the same command resumes it")
-    return stop_reason
+        # Still inside: a signal must not end the process while it writes.
+        writer.wait()
+        loader.close()
+        log.close()
+        if writer.failed:
+            raise Failure(f"the last checkpoint is missing: {writer.failed}")
+        if not stop_reason:
+            write_summary(cfg, plan, dist, log, timer)
+            return None
+        log.info(f"stopped by {stop_reason} at step {step:,} of {plan.total_steps:,}; the same command resumes it")
+        return stop_reason
 
 
 def every(step: int, period: int) -> bool:
@@ -309,7 +383,7 @@ def uses_compile(cfg: Config, device: torch.device) -> bool:
     return device.type == "cuda" if cfg.train.compile is None else cfg.train.compile
 
 
-def build_model(cfg: Config, dist: Dist, log: RunLog) -> Transformer:
+def build_model(cfg: Config, dist: Dist, tokenizer: dict[str, Any], log: RunLog) -> Transformer:
     """The Transformer on this rank's device, sharded and compiled as configured, with the weights of init_from."""
     # TF32 for the matmuls that stay in fp32.
     torch.set_float32_matmul_precision("high")
@@ -319,7 +393,7 @@ def build_model(cfg: Config, dist: Dist, log: RunLog) -> Transformer:
     if cfg.train.init_from:
         path = checkpoint.resolve(cfg.train.init_from)
         source = checkpoint.read(path)
-        check_same_model(source, cfg, path)
+        check_initial_weights(source, cfg, tokenizer, path)
         checkpoint.load_weights(model, checkpoint.inference_weights(source, path), path)
         log.info(f"weights from {path}")
     distributed.apply_ac(model, cfg.train.recompute, has_dropout=cfg.ablation.attention_dropout > 0)
@@ -386,17 +460,17 @@ def open_run_dir(cfg: Config, dist: Dist, total_steps: int) -> RunLog:
     """Create and lock the run directory and prove that it can be written to, before anything is computed."""
     run_dir = Path(cfg.train.run_dir)
     lock = None
-    if dist.is_main:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            lock = files.lock(run_dir)
-            with tempfile.TemporaryFile(dir=run_dir):
-                pass
-        except OSError as error:
-            raise ValueError(f"cannot write to {run_dir}: {error.strerror}; choose another --run_dir") from error
-        except files.Locked as error:
-            raise ValueError(f"another run is writing to {run_dir}; wait, or choose another --run_dir") from error
-    distributed.barrier()
+    with distributed.shared_errors():
+        if dist.is_main:
+            try:
+                files.make_folder(run_dir)
+                lock = files.lock(run_dir)
+                with tempfile.TemporaryFile(dir=run_dir):
+                    pass
+            except OSError as error:
+                raise ValueError(f"cannot write to {run_dir}: {error.strerror}; choose another --run_dir") from error
+            except files.Locked as error:
+                raise ValueError(f"another run is writing to {run_dir}; wait, or choose another --run_dir") from error
     return RunLog(run_dir, total_steps, enabled=dist.is_main, lock=lock)
 
 
@@ -412,21 +486,43 @@ def try_load_tokenizer(identity: dict[str, Any], log: RunLog) -> Tokenizer | Non
 # ---- The plan --------------------------------------------------------------------------------------------------------
 
 
-def make_plan(cfg: Config, dist: Dist, tokens_per_epoch: int | None, max_batch_size: int) -> Plan:
+def make_plan(
+    cfg: Config, dist: Dist, tokens_per_epoch: int | None, max_batch_size: int, done: Progress = Progress()
+) -> Plan:
     """Derive the number of steps and how each is split. Raises ValueError with the nearest batch that can be split."""
     batch_size = split_batch(cfg, dist.dp_size, max_batch_size)
     layout = BatchLayout(cfg.train.batch_tokens // cfg.model.seq_len, batch_size, dist.dp_rank, dist.dp_size)
-    return Plan(count_steps(cfg, tokens_per_epoch), layout, tokens_per_epoch)
+    schedule_tokens = None if cfg.train.max_steps else count_tokens(cfg, tokens_per_epoch)
+    return Plan(count_steps(cfg, tokens_per_epoch, done), layout, tokens_per_epoch, schedule_tokens)
 
 
-def count_steps(cfg: Config, tokens_per_epoch: int | None) -> int:
-    """Optimizer steps of the run: max_steps, else epochs, else max_tokens."""
-    tokens = cfg.train.max_tokens
-    if cfg.train.epochs and tokens_per_epoch:
-        tokens = int(cfg.train.epochs * tokens_per_epoch)
-    steps = cfg.train.max_steps or tokens // cfg.train.batch_tokens
+def count_tokens(cfg: Config, tokens_per_epoch: int | None) -> int:
+    """Tokens to train on: epochs, else max_tokens."""
+    if not cfg.train.epochs or not tokens_per_epoch:
+        return cfg.train.max_tokens
+    return int(min(cfg.train.epochs * tokens_per_epoch, MAX_TOKENS))
+
+
+def count_steps(cfg: Config, tokens_per_epoch: int | None, done: Progress = Progress()) -> int:
+    """Optimizer steps of the whole run: max_steps, else those done and as many more as epochs or max_tokens allow.
+
+    Raises ValueError if that is less than one step, or less than is done already.
+    """
+    batch_tokens = cfg.train.batch_tokens
+    if cfg.train.max_steps:
+        steps = cfg.train.max_steps
+        budget = f"max_steps={steps:,}"
+    else:
+        tokens = count_tokens(cfg, tokens_per_epoch)
+        steps = done.step + (tokens - done.tokens) // batch_tokens
+        budget = f"epochs={cfg.train.epochs:g}" if cfg.train.epochs else f"max_tokens={tokens:,}"
     if not steps:
-        raise ValueError(f"max_tokens ({tokens}) is less than one step of batch_tokens ({cfg.train.batch_tokens})")
+        raise ValueError(f"{budget} is less than one step of batch_tokens={batch_tokens:,}; train on more tokens")
+    if steps < done.step:
+        raise ValueError(
+            f"{cfg.train.run_dir} has {done.step:,} steps on {done.tokens:,} tokens already, which {budget} does not "
+            "allow; allow more, or choose another --run_dir"
+        )
     return steps
 
 
@@ -452,20 +548,16 @@ def workload(cfg: Config, dist: Dist, batch_size: int = 1) -> Workload:
     )
 
 
-def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
+def describe(plan: Plan, cfg: Config, dist: Dist, done: Progress = Progress()) -> str:
     """The plan as text: what will be trained, on how much, and what it takes."""
     layout = plan.layout
     params = cfg.model.num_params()
     flops_per_token = cfg.model.flops_per_token()
-    tokens = plan.total_steps * cfg.train.batch_tokens
+    tokens = done.tokens + (plan.total_steps - done.step) * cfg.train.batch_tokens
     epochs = f", {tokens / plan.tokens_per_epoch:.3g} epochs" if plan.tokens_per_epoch else ""
     memory_gb = estimate.training_memory_gb(workload(cfg, dist, layout.batch_size))
-    # The last step is saved in any case.
-    saves = 1
-    if cfg.train.checkpoint_every:
-        saves += (plan.total_steps - 1) // cfg.train.checkpoint_every
-    # fp32 weights and at most two fp32 averages of the optimizer.
-    checkpoint_gb = 12 * params / 1e9
+    n_saves = count_saves(cfg, plan.total_steps, done)
+    checkpoint_gb = estimate.checkpoint_gb(workload(cfg, dist))
     micro_batch = f"{layout.batch_size} sequences x {cfg.model.seq_len} tokens"
     lines = {
         "model": f"{params:,} parameters, {flops_per_token / 1e9:.3g} GFLOP per token",
@@ -474,10 +566,39 @@ def describe(plan: Plan, cfg: Config, dist: Dist) -> str:
         "run": f"{plan.total_steps:,} steps, {tokens:,} tokens ({tokens / params:.1f} per parameter{epochs}), "
         f"{flops_per_token * tokens:.3g} FLOP",
         "memory": f"{memory_gb:.1f} GB per process of {devices.memory_gb(dist.device):.0f} GB here",
-        "disk": f"{saves} checkpoints of {checkpoint_gb:.2f} GB in {cfg.train.run_dir}",
+        "disk": f"{n_saves} checkpoints of {checkpoint_gb:.2f} GB in {cfg.train.run_dir}",
         "time": estimate.describe_time(tokens, flops_per_token, devices.device_name(dist.device), dist.world_size),
     }
     return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
+
+
+def count_saves(cfg: Config, total_steps: int, done: Progress = Progress()) -> int:
+    """Permanent checkpoints that the rest of the run leaves behind."""
+    # The last step is saved in any case.
+    if not cfg.train.checkpoint_every:
+        return 1
+    period = math.lcm(cfg.train.checkpoint_every, cfg.train.keep_every or 1)
+    return 1 + (total_steps - 1) // period - done.step // period
+
+
+def check_disk(cfg: Config, plan: Plan, dist: Dist, done: Progress) -> None:
+    """Raise ValueError if not even one checkpoint fits on the disk; say so if the planned ones do not."""
+    if not dist.is_main:
+        return
+    free_gb = shutil.disk_usage(cfg.train.run_dir).free / 1e9
+    checkpoint_gb = estimate.checkpoint_gb(workload(cfg, dist))
+    planned_gb = count_saves(cfg, plan.total_steps, done) * checkpoint_gb
+    if checkpoint_gb > free_gb:
+        raise ValueError(
+            f"{cfg.train.run_dir} has {free_gb:.2f} GB free, a checkpoint needs {checkpoint_gb:.2f} GB; make room or "
+            "choose another --run_dir"
+        )
+    if planned_gb > free_gb:
+        print(
+            f"{cfg.train.run_dir} has {free_gb:.2f} GB free, the planned checkpoints need {planned_gb:.2f} GB: make "
+            "room, or keep fewer with --keep_every",
+            file=sys.stderr,
+        )
 
 
 def dry_run(cfg: Config, dist: Dist) -> None:
@@ -497,37 +618,54 @@ def dry_run(cfg: Config, dist: Dist) -> None:
 # ---- Resuming --------------------------------------------------------------------------------------------------------
 
 
-def find_resume_checkpoint(cfg: Config, dist: Dist) -> dict[str, Any] | None:
-    """The checkpoint to resume from, with its path; None for a new run. Raises ValueError if options contradict it."""
-    if cfg.train.resume == "never":
-        newest = checkpoint.latest(cfg.train.run_dir)
-        if newest:
-            raise ValueError(f"--resume=never, but {newest} exists; choose another --run_dir or remove it first")
+def find_resume_point(cfg: Config, dist: Dist) -> ResumePoint | None:
+    """Where the run continues; None for a new run. Raises ValueError if options contradict the checkpoint."""
+    warn = print if dist.is_main else lambda _: None
+    point = branches.find_resume_point(cfg.train.run_dir, cfg.train.resume, warn)
+    if point is None:
         return None
-    if cfg.train.resume == "auto":
-        # Also with --init_from: a run that has a checkpoint began with those weights long ago.
-        newest = checkpoint.read_latest(cfg.train.run_dir, warn=print if dist.is_main else lambda _: None)
-        if newest is None:
-            return None
-        path, state = newest
-    else:
-        if cfg.train.init_from:
-            raise ValueError("--resume continues a run and --init_from starts one from weights; give only one of them")
-        path = checkpoint.resolve(cfg.train.resume)
-        state = checkpoint.read(path)
-    check_same_model(state, cfg, path)
-    if "optimizer" not in state:
-        raise ValueError(f"{path} has weights but no optimizer state; start from it with --init_from={path}")
-    return {**state, "path": path}
+    check_same_model(point.state, cfg, point.path)
+    if "optimizer" not in point.state:
+        raise ValueError(f"{point.path} has no optimizer state; start from its weights with --init_from={point.path}")
+    return point
+
+
+def progress_of(point: ResumePoint | None, cfg: Config) -> Progress:
+    """The steps and tokens of a checkpoint."""
+    if point is None:
+        return Progress()
+    return Progress(point.state["step"], point.state["loader"]["sequences"] * cfg.model.seq_len)
 
 
 def check_same_model(state: dict[str, Any], cfg: Config, path: Path) -> None:
     """Raise ValueError if a checkpoint's model is not the configured one, with the differences."""
+    changes = model_changes(state, cfg.model)
+    if changes:
+        raise ValueError(
+            f"{path} has another model ({'; '.join(changes)}); give its shape, or another --run_dir"
+            + (f" with --init_from={path}" if len(changes) == 1 and changes[0].startswith("seq_len") else "")
+        )
+
+
+def check_initial_weights(source: dict[str, Any], cfg: Config, tokenizer: dict[str, Any], path: Path) -> None:
+    """Raise ValueError unless the weights of `source` fit the configured model and the data's tokenizer."""
+    # Positions have no weights, so the sequences may be longer or shorter.
+    changes = model_changes(source, replace(cfg.model, seq_len=source["config"]["model"]["seq_len"]))
+    if changes:
+        raise ValueError(f"--init_from: {path} has another model ({'; '.join(changes)}); give its shape")
+    theirs = source["tokenizer"]
+    if theirs["sha256"] != tokenizer["sha256"]:
+        raise ValueError(
+            f"--init_from: {path} was trained with tokenizer {theirs['name']} ({theirs['sha256'][:12]}), the data were "
+            f"made with {tokenizer['name']} ({tokenizer['sha256'][:12]}); prepare them with the same one"
+        )
+
+
+def model_changes(state: dict[str, Any], model: ModelConfig) -> list[str]:
+    """How `model` differs from a checkpoint's model."""
     # Through ModelConfig, which fills in what older checkpoints do not have.
     saved = to_dict(from_dict(ModelConfig, state["config"]["model"]))
-    changes = differences(saved, to_dict(cfg.model))
-    if changes:
-        raise ValueError(f"{path} has another model ({'; '.join(changes)}); give its shape, or another --run_dir")
+    return differences(saved, to_dict(model))
 
 
 def changed_options(state: dict[str, Any], cfg: Config) -> list[str]:
@@ -541,47 +679,68 @@ def changed_options(state: dict[str, Any], cfg: Config) -> list[str]:
     return [f"  {change}" for change in changes]
 
 
-def is_finished(cfg: Config, mixture: Mixture, state: dict[str, Any], dist: Dist) -> bool:
+def is_finished(cfg: Config, mixture: Mixture, point: ResumePoint, dist: Dist) -> bool:
     """True if the run directory already holds the result of this config; then print where."""
     # With a larger max_tokens the last checkpoint is not the end, and the run continues.
-    total_steps = count_steps(cfg, mixture.tokens_per_epoch)
-    has_summary = Path(cfg.train.run_dir, "final_metrics.json").exists()
-    if not has_summary or state["path"] != checkpoint.checkpoint_path(cfg.train.run_dir, total_steps):
+    total_steps = count_steps(cfg, mixture.tokens_per_epoch, progress_of(point, cfg))
+    if point.path != final_path(cfg, total_steps) or read_summary(cfg).get("step") != total_steps:
         return False
     if dist.is_main:
-        print("\n".join([*changed_options(state, cfg), next_steps(cfg)]))
+        print(visible("\n".join([*changed_options(point.state, cfg), next_steps(cfg)])))
     return True
 
 
-def resume(state: TrainState, resume_from: dict[str, Any] | None, cfg: Config, log: RunLog) -> tuple[int, float]:
-    """Restore the run from a checkpoint, if there is one. Returns the steps done and the seconds spent so far."""
-    if resume_from is None:
+def final_path(cfg: Config, step: int) -> Path:
+    """Where the run saves its last step."""
+    return checkpoint.checkpoint_path(cfg.train.run_dir, step)
+
+
+def resume(state: TrainState, point: ResumePoint | None, cfg: Config, log: RunLog) -> float:
+    """Restore the run from a checkpoint, if there is one. Returns the seconds spent so far."""
+    if point is None:
         # Removes the rows of a run that was killed before its first checkpoint.
         log.rewind(0)
-        return 0, 0.0
-    checkpoint.restore(resume_from, state, resume_from["path"])
-    step = resume_from["step"]
+        return 0.0
+    checkpoint.restore(point.state, state, point.path)
+    step = point.state["step"]
+    if point.starts_branch and log.enabled:
+        log.info(branches.set_aside_others(point, cfg.train.run_dir))
     log.rewind(step)
-    log.info("\n".join([f"resumed {resume_from['path']} at step {step:,}", *changed_options(resume_from, cfg)]))
-    if len(resume_from["rng"]) != distributed.world_size():
-        log.info(f"  processes: {len(resume_from['rng'])} -> {distributed.world_size()} (random state starts anew)")
-    return step, resume_from["metrics"].get("elapsed_s", 0.0)
+    log.info("\n".join([f"resumed {point.path} at step {step:,}", *changed_options(point.state, cfg)]))
+    n_ranks = len(point.state["rng"])
+    if n_ranks != distributed.world_size():
+        log.info(f"  processes: {n_ranks} -> {distributed.world_size()} (random state starts anew)")
+    return point.state["metrics"].get("elapsed_s", 0.0)
 
 
 # ---- Evaluating ------------------------------------------------------------------------------------------------------
 
 
-def evaluate_hellaswag(
-    model: Transformer, tokenizer: Tokenizer | None, cfg: Config, log: RunLog, dtype: torch.dtype | None
-) -> dict[str, float]:
-    """Accuracy on all items of cfg.train.hellaswag, on all ranks; {} without items or tokenizer."""
+def load_hellaswag(cfg: Config, tokenizer: Tokenizer | None, log: RunLog) -> list[eval_hellaswag.Item]:
+    """The items to score at each checkpoint, read before the first step; [] to score none.
+
+    Raises ValueError for a damaged file, and for one that --hellaswag names and that does not exist.
+    """
     path = cfg.train.hellaswag
     if path is None or tokenizer is None:
+        return []
+    if not Path(path).exists() and path == TrainConfig.hellaswag:
+        log.info(f"no HellaSwag items at {path}: not scored (eval_hellaswag.py --download fetches them)")
+        return []
+    return eval_hellaswag.load_items(path)
+
+
+def evaluate_hellaswag(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    items: list[eval_hellaswag.Item],
+    dtype: torch.dtype | None,
+    scoring: ScoringConfig,
+) -> dict[str, float]:
+    """Accuracy on all items, on all ranks; {} without items or tokenizer."""
+    if not items or tokenizer is None:
         return {}
-    if not Path(path).exists():
-        log.warn_once(f"no HellaSwag items at {path}: not scored (eval_hellaswag.py --download fetches them)")
-        return {}
-    scores = eval_hellaswag.evaluate(model, tokenizer, eval_hellaswag.load_items(path), dtype=dtype)
+    scores = eval_hellaswag.evaluate(model, tokenizer, items, dtype, scoring)
     return {f"hellaswag_{key}": scores[key] for key in ("acc", "acc_norm", "acc_norm_stderr")}
 
 
@@ -594,7 +753,11 @@ def sample_text(model: Transformer, tokenizer: Tokenizer | None, cfg: Config, di
     continue_text = diffusion.generate if cfg.train.objective == "mdm" else generate
     # Without a stop token, so that all ranks of a sharded model make the same number of forward passes.
     sampling = Sampling(temperature=0.8, top_k=50, seed=0)
-    tokens = list(continue_text(model, prompt, cfg.train.sample_tokens, sampling))
+    try:
+        tokens = list(continue_text(model, prompt, cfg.train.sample_tokens, sampling))
+    except (RuntimeError, ValueError) as error:
+        # A model that has diverged: its probabilities are NaN.
+        return f"no sample: {str(error).splitlines()[0]}"
     if tokenizer.eot_id in tokens:
         tokens = tokens[: tokens.index(tokenizer.eot_id)]
     return f"sample: {SAMPLE_PROMPT + tokenizer.decode(tokens)!r}"
@@ -629,14 +792,30 @@ def next_steps(cfg: Config) -> str:
     # launch_training.sh makes a .venv that the user's shell has not activated.
     in_project = Path(sys.executable).is_relative_to(Path.cwd())
     python = os.path.relpath(sys.executable) if in_project else "python"
-    summary = json.loads(Path(run_dir, "final_metrics.json").read_text(encoding="utf-8"))
+    summary = read_summary(cfg)
+    # None: the model has diverged.
+    val_loss = math.nan if summary["val_loss"] is None else summary["val_loss"]
     return (
-        f"done: {summary['step']:,} steps, {summary['tokens']:,} tokens, validation loss {summary['val_loss']:.4f}\n"
-        f"  checkpoint  {checkpoint.checkpoint_path(run_dir, summary['step'])}\n"
+        f"done: {summary['step']:,} steps, {summary['tokens']:,} tokens, validation loss {val_loss:.4f}\n"
+        f"  checkpoint  {final_path(cfg, summary['step'])}\n"
         f"  numbers     {run_dir}/metrics.jsonl, {run_dir}/final_metrics.json\n"
         f"  picture     {run_dir}/final_metrics.png\n"
         f"  talk to it  {python} chat.py {shlex.quote(run_dir)}"
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host had no memory for a tensor."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def read_summary(cfg: Config) -> dict[str, Any]:
+    """What final_metrics.json holds; {} if it is absent or damaged, in which case the run ends once more."""
+    try:
+        summary = json.loads(Path(cfg.train.run_dir, "final_metrics.json").read_text(encoding="utf-8"))
+        return summary if {"step", "tokens", "val_loss"} <= summary.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def main(cfg: Config) -> None:
@@ -649,7 +828,11 @@ def main(cfg: Config) -> None:
     dist = distributed.init(cfg.train.timeout, cfg.train.parallel, cfg.train.tensor_parallel)
     try:
         stop_reason = dry_run(cfg, dist) if cfg.train.dry_run else train(cfg, dist)
-    except RuntimeError as error:
+        # Not after an exception: it would wait for ranks that may be gone.
+        distributed.shutdown()
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise Failure("out of memory; lower --batch_size, or choose --recompute=full or --parallel=fsdp") from error
         # When a rank dies, communication fails on all others; the error should name the rank that died.
         is_collective = any(backend in str(error).lower() for backend in ("gloo", "nccl"))
         if dist.world_size == 1 or not is_collective:
@@ -657,10 +840,10 @@ def main(cfg: Config) -> None:
         silent = distributed.silent_ranks()
         message = f"{silent} (--timeout={cfg.train.timeout:g}); the same command resumes from the last save"
         raise Failure(message) from error
-    # Not after an exception: it would wait for ranks that may be gone.
-    distributed.shutdown()
-    if stop_reason:
-        sys.exit(fault_tolerance.EXIT_CODES.get(stop_reason, fault_tolerance.EXIT_RESUME))
+    code = fault_tolerance.EXIT_CODES.get(stop_reason, fault_tolerance.EXIT_RESUME) if stop_reason else 0
+    code = final_exit_code(code)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 import tomllib
 import types
@@ -59,7 +60,7 @@ def run_cli(main: Callable[[], Any]) -> None:
     except BrokenPipeError:
         # `... | head` has closed the pipe. Python would complain once more when it flushes stdout on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        sys.exit(final_exit_code(141))
     except (OSError, Failure) as error:
         if os.environ.get("NANO416_TRACEBACK"):
             raise
@@ -72,11 +73,30 @@ def exit_with_error(message: str, code: int) -> typing.NoReturn:
         # torchrun ends this process as soon as rank 0 has left. An error of this rank alone is printed after 5 s.
         time.sleep(5)
     print(visible(" ".join(message.split())), file=sys.stderr, flush=True)
+    code = final_exit_code(code)
     if "RANK" in os.environ:
+        for thread in threading.enumerate():
+            # A checkpoint that is being written.
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join(timeout=30)
         # Tearing down a process group while other ranks wait in it can hang or abort.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def final_exit_code(code: int) -> int:
+    """The exit code that makes whoever started this process see `code`, and not start it again unless `code` is 1.
+
+    torchrun starts a process with any code but 0 again while it has restarts left. launcher.py reads the code that was
+    meant in a file.
+    """
+    path = os.environ.get("NANO416_EXIT_CODE_FILE")
+    if path:
+        Path(path).write_text(str(code), encoding="utf-8")
+    allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    used = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return code if code == 1 or allowed == used else 0
 
 
 def program_name() -> str:
@@ -145,12 +165,31 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, doc: str | Non
     if not sections:
         return from_dict(cls, overrides)
     data = load_file(overrides.pop("config_file"))
-    for name, text in overrides.items():
-        section = data.setdefault(section_of[name], {})
-        if not isinstance(section, dict):
-            raise ValueError(f"{section_of[name]} is a table: write [{section_of[name]}] and its options below it")
-        section[name] = text
+    for section, section_cls in sections.items():
+        given = {name: text for name, text in overrides.items() if section_of[name] == section}
+        table = data.get(section, {})
+        if given and not isinstance(table, dict):
+            raise ValueError(f"{section} is a table: write [{section}] and its options below it")
+        # The file's word on the same matter is dropped, or --max_tokens would do nothing for a file with max_steps.
+        replaced = [name for group in _alternatives(section_cls, given) for name in group]
+        if given:
+            data[section] = {name: value for name, value in table.items() if name not in replaced} | given
     return from_dict(cls, data)
+
+
+def _alternatives(cls: type, given: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """The groups of options that say one thing in several ways, of which `given` sets one. Raises ValueError for two.
+
+    A dataclass lists them in `alternatives`. The value none clears an option and says nothing.
+    """
+    groups = []
+    for group in getattr(cls, "alternatives", ()):
+        names = [f"--{name}" for name in group if given.get(name, "none") != "none"]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} say the same thing in two ways; give only one of them")
+        if names:
+            groups.append(group)
+    return groups
 
 
 def run_subcommand(*commands: Callable[[Any], Any], argv: Sequence[str] | None = None) -> Any:
@@ -172,16 +211,22 @@ def run_subcommand(*commands: Callable[[Any], Any], argv: Sequence[str] | None =
 
 
 def _check_option_names(argv: Sequence[str], sections: Mapping[str, type]) -> None:
-    """Raise ValueError for the first --name that is not an option."""
+    """Raise ValueError for the first --name that is not an option, or that is given twice."""
     # Before argparse, which would complain of a missing positional argument first and hide the typing error.
     section_of = {f.name: section for section, cls in sections.items() for f in fields(cls)}
     field_of = {f.name: f for cls in sections.values() for f in fields(cls)}
     options = [f.name for cls in sections.values() for f in _options(cls) if not _is_positional(f)]
+    given: set[str] = set()
     for arg in argv:
         match = re.match(r"--(\w+)(=|$)", arg)
-        if not match or match[1] in options:
+        name = match[1] if match else ""
+        if name in given:
+            raise ValueError(f"--{name} is given twice; give it once (several values are separated by commas)")
+        if not match:
             continue
-        name = match[1]
+        given.add(name)
+        if name in options:
+            continue
         if name not in field_of and any(name in getattr(cls, "retired", {}) for cls in sections.values()):
             raise ValueError(f"--{name} is no longer an option (see CHANGELOG.md); leave it out")
         if name not in field_of:
@@ -254,7 +299,7 @@ def load_file(path: str | None) -> dict[str, Any]:
         data = json.loads(text) if path.endswith(".json") else tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"cannot read config file {path}: {error.strerror}") from error
-    except ValueError as error:  # JSONDecodeError, TOMLDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, TOMLDecodeError and UnicodeDecodeError; nesting
         raise ValueError(f"config file {path}: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"config file {path}: expected tables of options, found a {type(data).__name__}")
@@ -325,7 +370,9 @@ def _dotted_names(cls: type) -> list[str]:
 def format_value(value: Any) -> str:
     """A value as the command line writes it: none, true, a=0.7,b=0.3."""
     if isinstance(value, dict):
-        return ",".join(f"{key}={weight:g}" for key, weight in value.items())
+        # A checkpoint's config may hold anything.
+        weights = {key: f"{x:g}" if isinstance(x, int | float) else format_value(x) for key, x in value.items()}
+        return ",".join(f"{key}={weight}" for key, weight in weights.items())
     if isinstance(value, list):
         return ",".join(map(format_value, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
@@ -347,14 +394,14 @@ def parse_value(value: Any, hint: Any, name: str) -> Any:
                 return parse_value(value, alternative, name)
             except ValueError:
                 continue
+    if origin is dict and isinstance(value, str):
+        value = _parse_weights(value, name)
     try:
         if origin is Literal:
             # By the text of the choices, which need not be strings.
             return {str(choice): choice for choice in args}[str(value)]
         if origin is dict:
-            # --sources=data/web=0.8,data/code=0.2; a name alone has weight 1.
-            pairs = dict(_pair(p) for p in value.split(",") if p) if isinstance(value, str) else value
-            return {key: parse_value(item, args[1], name) for key, item in pairs.items()}
+            return {key: parse_value(item, args[1], name) for key, item in value.items()}
         if origin is list:
             items = value.split(",") if isinstance(value, str) else value
             return [parse_value(item, args[0], name) for item in items]
@@ -370,9 +417,17 @@ def parse_value(value: Any, hint: Any, name: str) -> Any:
     raise ValueError(f"{name} expects {_type_name(hint)}, got {value!r}")
 
 
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, weight = text.rpartition("=")
-    return (key, weight) if equals else (text, "1")
+def _parse_weights(text: str, name: str) -> dict[str, str]:
+    """{"data/web": "0.8", "data/code": "0.2"} for "data/web=0.8,data/code=0.2"; a name alone has weight 1."""
+    weights: dict[str, str] = {}
+    for part in filter(str.strip, text.split(",")):
+        # The last "=", since a folder's name may hold one.
+        key, equals, weight = part.strip().rpartition("=")
+        key = key.strip() if equals else weight
+        if key in weights:
+            raise ValueError(f"{name} names {key} twice; name it once, with the sum of its weights")
+        weights[key] = weight if equals else "1"
+    return weights
 
 
 def _number(value: Any, kind: type) -> int | float:

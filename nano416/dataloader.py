@@ -17,10 +17,12 @@ import itertools
 import json
 import math
 import queue
+import resource
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -200,11 +202,21 @@ def parse_stages(text: str, sources: Mapping[str, float]) -> list[tuple[int, dic
 
 def _check_weights(sources: Mapping[str, float]) -> None:
     """Raise ValueError for weights that are no mixture, or too small to appear in a block."""
-    if not sources or min(sources.values()) < 0 or not 0 < sum(sources.values()) < np.inf:
-        raise ValueError(f"sources={dict(sources)} needs one folder or more, with weights >= 0 and one above 0")
+    # A sum below 1e-300 would overflow when the weights are divided by it.
+    if not sources or min(sources.values()) < 0 or not 1e-300 < sum(sources.values()) < np.inf:
+        raise ValueError(f"sources={dict(sources)} needs one folder or more, with weights >= 0 and one above 1e-300")
     for (name, weight), count in zip(sources.items(), mixture_counts(list(sources.values()))):
         if weight and not count:
             raise ValueError(f"sources: weight {weight:g} of {name} gives it not one sequence in {BLOCK}; raise it")
+
+
+def _check_distinct(folders: Iterable[str]) -> None:
+    """Raise ValueError if two names mean one folder, which would be trained on twice."""
+    name_of: dict[Path, str] = {}
+    for name in folders:
+        other = name_of.setdefault(Path(name).resolve(), name)
+        if other != name:
+            raise ValueError(f"sources: {other} and {name} are the same folder; name it once, with the sum of weights")
 
 
 class Mixture:
@@ -219,6 +231,7 @@ class Mixture:
         self.datasets = {name: TokenDataset(name) for name in cfg.sources}
         first = next(iter(self.datasets.values()))
         self.tokenizer = first.tokenizer
+        _check_distinct(cfg.sources)
         for other in self.datasets.values():
             if other.tokenizer != first.tokenizer:
                 raise ValueError(
@@ -230,7 +243,13 @@ class Mixture:
         names = [name for name in cfg.sources if any(weights[name] for _, weights in stages)]
         self.trained = [self.datasets[name] for name in names]
         self.stages = [(step, [weights[name] for name in names]) for step, weights in stages]
-        self.sequences = [Sequences(dataset, "train", seq_len) for dataset in self.trained]
+        # A quarter of the files that this process may have open, at most 256, for all sources together.
+        soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        max_open = 1024 if soft_limit == resource.RLIM_INFINITY else min(soft_limit, 1024)
+        max_open_shards = max(1, max_open // 4 // len(self.trained))
+        self.sequences = [
+            Sequences(dataset, "train", seq_len, max_open_shards=max_open_shards) for dataset in self.trained
+        ]
         for sequences in self.sequences:
             if not sequences.count:
                 tokens = sum(shard["tokens"] for shard in sequences.shards)
@@ -246,6 +265,8 @@ class Mixture:
     def _limit_groups(self, unique_tokens: int) -> list[np.ndarray]:
         """The groups cut off after each source's part of the first `unique_tokens`."""
         weights = self.stages[0][1]
+        if min(weights) == 0:
+            raise ValueError("unique_tokens is split by the first stage's weights: give each source one above 0")
         limited = []
         for sequences, groups, weight in zip(self.sequences, self.groups, weights):
             count = int(unique_tokens * weight / sum(weights)) // self.seq_len
@@ -257,11 +278,21 @@ class Mixture:
             limited.append(np.append(groups[groups < count], count))
         return limited
 
-    def warn_without_checksums(self) -> None:
-        """Say on stderr which datasets are shards of unknown origin."""
-        for dataset in self.trained:
+    def require_validation(self) -> None:
+        """Raise ValueError if a dataset has nothing to validate on: before a run rather than at its end."""
+        for dataset in self.datasets.values():
+            _val_sequences(dataset, self.seq_len)
+
+    def warn_about_shards(self) -> None:
+        """Say on stderr which datasets are shards of unknown origin, and which lose tokens at the ends of shards."""
+        for sequences in self.sequences:
+            dataset = sequences.dataset
+            if sequences.lost_frac > 0.01:
+                advice = "prepare it with larger --shard_tokens or lower --seq_len"
+                lost = f"{sequences.lost_frac:.1%} of the tokens are at ends of shards that do not fill a sequence"
+                print(f"{dataset.folder}: {lost} and are never trained on; {advice}", file=sys.stderr)
             if not {"sha256", "origin"} & dataset.meta["shards"][0].keys():
-                print(f"{dataset.folder}: {dataset.meta['source']}", file=sys.stderr)
+                print(f"{dataset.folder}: {dataset.meta.get('source')}", file=sys.stderr)
 
 
 def _describe_tokenizer(dataset: TokenDataset) -> str:
@@ -334,6 +365,7 @@ class TokenLoader:
         fingerprints = [dataset.fingerprint for dataset in mixture.trained]
         identity = [mixture.seq_len, seed, stages, mixture.unique_tokens, fingerprints]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        self.stage_starts = [start * BLOCK for start, _ in stages]  # in sequences
         self.consumed = 0  # sequences of all ranks in finished steps
         self.micro_step = 0
         self._thread: threading.Thread | None = None
@@ -409,23 +441,57 @@ class TokenLoader:
         tensor = torch.from_numpy(pair)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all ranks in finished steps: the position of the run in its data."""
+        return self.consumed * self.mixture.seq_len
+
+    def check_stages(self, end: int) -> None:
+        """Raise ValueError for a stage that does not begin within the first `end` sequences."""
+        for (step, _), start in zip(self.mixture.stages, self.stage_starts):
+            if start >= end:
+                raise ValueError(
+                    f"stages: the one of step {step:,} would begin with sequence {start:,} (rounded up to {BLOCK}), "
+                    f"but the run ends after {end:,}; let it begin earlier, or train for longer"
+                )
+
     def describe(self, batch: Batch) -> str:
         """Where the first sequences of a batch begin, for a message about it."""
         located = self.sampler.locate(batch.sequence_ids.start, min(4, len(batch.sequence_ids)))
         return "; ".join(self.mixture.sequences[source].describe(index) for source, index in located)
 
     def state_dict(self) -> dict[str, Any]:
-        """Sequences that all ranks together have consumed, and the identity of the data."""
+        """Sequences that all ranks together have consumed, and the identity and samples of the data."""
         # Sequences and not steps: a resumed run may have another batch_tokens.
-        return {"sequences": self.consumed, "fingerprint": self.fingerprint}
+        samples = [dict(dataset.samples) for dataset in self.mixture.trained]
+        return {
+            "sequences": self.consumed,
+            "fingerprint": self.fingerprint,
+            "batch_sequences": self.layout.batch_sequences,
+            "samples": samples,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after `state`. Raises ValueError if it counts sequences of other data."""
+        old_batch = state.get("batch_sequences", self.layout.batch_sequences)
+        if len(self.mixture.stages) > 1 and old_batch != self.layout.batch_sequences:
+            raise ValueError(
+                f"stages begin at steps, which another batch_tokens moves: keep {old_batch * self.mixture.seq_len}, or "
+                "start a new run from the weights with --init_from"
+            )
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(
                 "the data changed since the checkpoint (sources, weights, seed, seq_len or the shards themselves): "
                 "put them back, or start a new run from its weights with --init_from"
             )
+        # Checkpoints of 0.1 have none, and a shard that was not downloaded yet has none.
+        for dataset, samples in zip(self.mixture.trained, state.get("samples", [])):
+            for name, sample in samples.items():
+                if dataset.samples.get(name, sample) != sample:
+                    raise ValueError(
+                        f"{dataset.folder / name} holds other text than when the checkpoint was written: put the old "
+                        "shard back, or start a new run from its weights with --init_from"
+                    )
         # The thread may have read ahead from another position.
         self.close()
         self.consumed = int(state["sequences"])
@@ -447,9 +513,7 @@ def validation_batches(
     Every rank gets the same number of batches, so some may be empty. Targets beyond the data are -100, so a mean over
     the others is exact.
     """
-    sequences = Sequences(dataset, "val", seq_len, keep_partial=True)
-    if not sequences.count:
-        raise ValueError(f"{dataset.folder} has no val shard; prepare it with --val_tokens or --val_source")
+    sequences = _val_sequences(dataset, seq_len)
     count = sequences.count
     if max_tokens is not None:
         count = min(count, max(1, max_tokens // seq_len))
@@ -464,3 +528,11 @@ def validation_batches(
             tokens[row, : len(sequence) - 1] = sequence[:-1]
             targets[row, : len(sequence) - 1] = sequence[1:]
         yield torch.from_numpy(tokens), torch.from_numpy(targets)
+
+
+def _val_sequences(dataset: TokenDataset, seq_len: int) -> Sequences:
+    """The sequences of the val split, the last of a shard perhaps shorter. Raises ValueError if there are none."""
+    sequences = Sequences(dataset, "val", seq_len, keep_partial=True)
+    if not sequences.count:
+        raise ValueError(f"{dataset.folder} has no val shard; prepare it with --val_tokens or --val_source")
+    return sequences

@@ -73,6 +73,12 @@ def training_memory_gb(work: Workload) -> float:
     return (process_bytes + parameter_bytes + bytes_per_token * work.batch_size * work.model.seq_len) / 1e9
 
 
+def checkpoint_gb(work: Workload) -> float:
+    """Size of one checkpoint in GB: weights, their average and the optimizer state, all fp32."""
+    bytes_per_param = 4 + OPTIMIZER_BYTES.get(work.optimizer, DEFAULT_OPTIMIZER_BYTES) + (4 if work.has_ema else 0)
+    return bytes_per_param * work.model.num_params() / 1e9
+
+
 def activation_bytes_per_layer(model: ModelConfig) -> float:
     """Bytes per token and layer that compiled bf16 training keeps for the backward pass, without recomputation."""
     # The residual stream before attention and before the MLP, in fp32; all else is bf16.

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from nano416 import files
+from nano416.config import visible
 from nano416.devices import device_name, peak_memory_gb, synchronize
 
 # Peak dense bf16 FLOP/s with fp32 accumulation, from the data sheets. The first entry that occurs in a GPU's name
@@ -78,6 +79,9 @@ class RunLog:
         self.start_time = time.monotonic()
         self.start_step = 0
         self.warned: set[str] = set()
+        # Lines that the disk has refused, by file name: written once it takes them.
+        self.unwritten: dict[str, str] = {}
+        self.cannot_write = False
         self.progress_bar: tqdm | None = None
         self.tracker: Any = None
         # Released by close(), or with this object when an exception ends the run.
@@ -88,7 +92,7 @@ class RunLog:
         if self.enabled:
             from nano416 import trackers
 
-            self.tracker = trackers.open_tracker(kind, str(self.run_dir), config, step)
+            self.tracker = trackers.SafeTracker(kind, str(self.run_dir), config, step, warn=self.info)
 
     def start(self, step: int) -> None:
         """Start the clock of the ETA, and on a terminal the progress bar, at `step`."""
@@ -106,6 +110,9 @@ class RunLog:
 
     def close(self) -> None:
         """Release the run directory, close tracker and progress bar. Text can still be logged."""
+        if self.unwritten and self._flush():
+            lost = sum(text.count("\n") for text in self.unwritten.values())
+            self.print(f"{lost} lines of the log could not be written to {self.run_dir}")
         if self.unlock is not None:
             self.unlock()
         if self.tracker is not None:
@@ -118,10 +125,10 @@ class RunLog:
     def info(self, text: str) -> None:
         """Log a line to the terminal and train.log; nothing if it is empty."""
         if self.enabled and text:
+            # A path or a sample may hold what a terminal would obey.
+            text = visible(text)
             self.print(text)
-            # Opened for each line, so that a killed process has lost nothing.
-            with open(self.run_dir / "train.log", "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            self._write("train.log", text + "\n")
 
     def print(self, text: str) -> None:
         """Print a line to the terminal, above the progress bar."""
@@ -130,7 +137,8 @@ class RunLog:
         if self.progress_bar is not None:
             tqdm.write(text)
         else:
-            print(text, flush=True)
+            # In one piece: the thread that writes checkpoints prints too.
+            print(text + "\n", end="", flush=True)
 
     def warn_once(self, text: str) -> None:
         """Log a line the first time only."""
@@ -149,8 +157,7 @@ class RunLog:
         row = {"step": step, "tokens": tokens, **{key: _finite(value) for key, value in measured.items()}}
         self.append("metrics.jsonl", row)
         if self.tracker is not None:
-            numbers = {key: value for key, value in row.items() if key != "step" and value is not None}
-            self.tracker.log(numbers, step)
+            self.tracker.log({key: value for key, value in row.items() if key != "step" and value is not None}, step)
         columns = [f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"]
         columns += [LOG_FORMATS[key].format(value) for key, value in measured.items() if key in LOG_FORMATS]
         if "loss" in values:
@@ -160,8 +167,30 @@ class RunLog:
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Append a row to a .jsonl file of the run directory."""
         if self.enabled:
-            with open(self.run_dir / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._write(name, json.dumps(row) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """Append to a file of the run directory. What cannot be written now is kept and written with a later call."""
+        self.unwritten[name] = self.unwritten.get(name, "") + text
+        error = self._flush()
+        if error and not self.cannot_write:
+            # A run of days must survive an hour of a full disk.
+            self.print(f"cannot write to {self.run_dir}: {error}; the log is kept in memory until it can be written")
+        if self.cannot_write and not error:
+            self.print(f"{self.run_dir} can be written to again, nothing of the log is lost")
+        self.cannot_write = bool(error)
+
+    def _flush(self) -> str:
+        """Write what is not written yet. Returns why that failed, "" if it did not."""
+        error = ""
+        for name, text in list(self.unwritten.items()):
+            try:
+                # Opened for each line, so that a killed process has lost nothing.
+                files.append_text(self.run_dir / name, text)
+                del self.unwritten[name]
+            except OSError as caught:
+                error = caught.strerror or str(caught)
+        return error
 
     def eta(self, step: int) -> str:
         """Remaining time at the average speed of this process, with evaluations and checkpoints."""
@@ -174,7 +203,14 @@ class RunLog:
             return
         for path in (self.run_dir / "metrics.jsonl", self.run_dir / "stats.jsonl"):
             if path.exists():
-                rows = [row for row in read_metrics(path) if _is_before(row, step)]
+                rows, damaged = parse_rows(path)
+                if damaged:
+                    # A log must not keep a run from continuing.
+                    aside = path.with_name(path.name + ".damaged")
+                    files.append_text(aside, "".join(line + "\n" for _, line in damaged))
+                    numbers = ", ".join(str(number) for number, _ in damaged[:5])
+                    self.info(f"{path}: {len(damaged)} damaged lines (line {numbers}), moved to {aside}")
+                rows = [row for row in rows if _is_before(row, step)]
                 files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -265,27 +301,42 @@ def mfu(flops_per_token: float, tokens_per_s: float, gpu: str, n_devices: int) -
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, or of the one in a run directory. Raises ValueError if there is none."""
+    """Rows of a metrics.jsonl, or of the one in a run directory; damaged lines are named on stderr and left out.
+
+    Raises ValueError if there is no such file.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "metrics.jsonl"
+    rows, damaged = parse_rows(path)
+    if not rows and path.stat().st_size:
+        raise ValueError(f"{path} holds no rows of metrics; give a run directory or its metrics.jsonl")
+    for number, _ in damaged[:5]:
+        print(visible(f"{path}:{number} is not a row of metrics, left out"), file=sys.stderr)
+    return rows
+
+
+def parse_rows(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    """The rows of a .jsonl file of a run, and (line number, text) of the lines that are not rows."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise ValueError(f"cannot read {path}: {reason}; give a run directory or its metrics.jsonl") from error
+        text = path.read_bytes().decode(errors="backslashreplace")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; give a run directory or its metrics.jsonl") from error
+    lines = text.split("\n")
+    # A run that was killed while writing leaves half of its last line; otherwise nothing follows the last newline.
+    lines.pop()
     rows = []
+    damaged = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
-            # A run that was killed may have left half of its last line.
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}:{number} is not JSON; delete that line") from error
-        if isinstance(row, dict) and "step" in row:
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
             rows.append(row)
-    return rows
+        elif line.strip("\0\r "):
+            damaged.append((number, line))
+    return rows, damaged
 
 
 def smooth(values: list[float], decay: float | None = None) -> list[float]:
@@ -320,8 +371,9 @@ def write_summary(run_dir: str | Path, **extra: Any) -> dict[str, Any]:
     """Write final_metrics.json and final_metrics.png of a run; returns the summary, which includes `extra`."""
     rows = read_metrics(run_dir)
     summary = {**summarize(rows), **extra}
-    files.write_json(Path(run_dir) / "final_metrics.json", summary)
     plot(Path(run_dir).name, rows, Path(run_dir) / "final_metrics.png")
+    # Last, because it marks the run as finished.
+    files.write_json(Path(run_dir) / "final_metrics.json", summary)
     return summary
 
 
@@ -395,8 +447,14 @@ def plot(name: str, rows: list[dict[str, Any]], path: str | Path) -> None:
             axis.axhline(25, color="gray", ls=":", label="chance")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    figure.suptitle(name, fontsize=13)
+    figure.suptitle(plain_label(name), fontsize=13)
     save_figure(figure, path)
+
+
+def plain_label(text: str) -> str:
+    """A name as matplotlib draws it unchanged: it takes $...$ for a formula and leaves _names out of legends."""
+    escaped = visible(text).replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
 
 
 def _draw_curve(axis: Any, rows: list[dict[str, Any]], panel: Panel, key: str) -> bool:

@@ -309,18 +309,19 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 }
 
 
-def get_lr(step: int, total_steps: int, cfg: OptimConfig) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warmup to max_lr, then the schedule down to min_lr."""
+def get_lr(step: float, total_steps: int, cfg: OptimConfig) -> float:
+    """Learning rate of step `step` (from 0, may be a fraction): linear warmup to max_lr, then down to min_lr."""
     warmup_steps = round(cfg.warmup_frac * total_steps)
     if step < warmup_steps:
         return cfg.peak_lr * (step + 1) / warmup_steps
-    # Counted so that the last step, total_steps - 1, gets min_lr.
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    # The last step gets min_lr. One with a learning rate of 0 would learn nothing, so 0 is what would follow it.
+    last_step = total_steps - 1 if cfg.min_lr else total_steps
+    progress = (step - warmup_steps) / max(1, last_step - warmup_steps)
     factor = SCHEDULES[cfg.schedule](min(progress, 1.0), max(warmup_steps, 1) / total_steps)
     return factor * cfg.peak_lr + (1 - factor) * cfg.min_lr
 
 
-def set_lr(optimizer: Optimizer, step: int, total_steps: int, cfg: OptimConfig) -> float:
+def set_lr(optimizer: Optimizer, step: float, total_steps: int, cfg: OptimConfig) -> float:
     """Set the learning rate of step `step` (from 0) for all parameter groups and return it."""
     lr = get_lr(step, total_steps, cfg)
     for group in optimizer.param_groups:

@@ -22,6 +22,12 @@ torch.set_num_threads(1)  # tiny shapes; and equalities to the last bit need one
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def changed(common: list[str], *own: str) -> list[str]:
+    """A command line of common options, without those that `own` sets anew: an option may be given only once."""
+    names = {argument.split("=")[0] for argument in own}
+    return [argument for argument in common if argument.split("=")[0] not in names] + [*own]
+
+
 def tiny_config(**changes) -> ModelConfig:
     """A network of two layers that runs in a millisecond; 97 tokens are no multiple of 128, so padding is in play."""
     shape: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 4, "ffn_dim": 48, "vocab_size": 97, "seq_len": 32}
@@ -81,3 +87,37 @@ def no_plots() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "plot", lambda *_: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_bpe(tmp_path_factory):
+    """Files of tokenizers in the manner of Llama 2: spaces are U+2581, unknown characters are bytes.
+
+    "llama2" puts a space before every text, "first space" unless there is one, "no space" never.
+    """
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["\u2581Call", "\u2581me", "\u2581Some", "\u2581years", "\u2581little", "\u2581long", "\u2581\u2581"]
+    alphabet = sorted({letter for word in words for letter in word})
+    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *alphabet]
+    merges = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocab:
+                vocab.append(word[:end])
+                merges.append((word[: end - 1], word[end - 1]))
+    model = tokenizers.models.BPE({token: i for i, token in enumerate(vocab)}, merges, byte_fallback=True)
+    folder = tmp_path_factory.mktemp("sentencepiece")
+
+    def write(name: str) -> Path:
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.add_special_tokens(["<s>", "</s>"])
+        if name == "llama2":
+            space = tokenizers.normalizers.Replace(" ", "\u2581")
+            tokenizer.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("\u2581"), space])
+        else:
+            scheme = "first" if name == "first space" else "never"
+            tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        tokenizer.save(str(folder / f"{name}.json"))
+        return folder / f"{name}.json"
+
+    return write

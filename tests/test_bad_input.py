@@ -143,7 +143,7 @@ BAD_OPTIONS = {
     "odd head width": (["--n_heads=32"], ["head_dim", "even"]),
     "no layers": (["--n_layers=0"], ["n_layers", "0"]),
     "batch is not divisible": (["--batch_tokens=100", "--run_dir={}/new"], ["batch_tokens (100)", "--batch_tokens=96"]),
-    "budget below one step": (["--max_steps=none", "--max_tokens=10"], ["max_tokens (10)", "64"]),
+    "budget below one step": (["--max_steps=none", "--max_tokens=10"], ["max_tokens=10", "64"]),
     "vocabulary too small": (["--vocab_size=100"], ["vocab_size (100)", "257"]),
     "missing config file": (["nowhere.toml"], ["nowhere.toml", "No such file"]),
     "no data folder": (["--sources={}/nowhere"], ["nowhere", "data_pipeline.py"]),

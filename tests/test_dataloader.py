@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import python
 from shards import llm_c_reader, write_dataset
 
 from nano416 import dataloader
@@ -90,7 +91,8 @@ def test_resuming_is_going_on(data):
     loader = open_loader({str(data): 1.0}, layout)
     for _ in range(4):
         loader.next_batch()
-    assert loader.state_dict() == {"sequences": 24, "fingerprint": loader.fingerprint}
+    state = loader.state_dict()
+    assert (state["sequences"], state["fingerprint"]) == (24, loader.fingerprint)
     ahead = {"sequences": 24 * 10**9, "fingerprint": loader.fingerprint}
     loader.load_state_dict(ahead)  # O(1): a run of 24 billion sequences goes on at once
     loader.next_batch()
@@ -101,6 +103,49 @@ def test_other_data_are_not_resumed(data, tmp_path):
     state = open_loader({str(data): 1.0}, BatchLayout(1, 1)).state_dict()
     with pytest.raises(ValueError, match="data changed"):
         open_loader({str(data): 1.0}, BatchLayout(1, 1), seed=1).load_state_dict(state)
+
+
+def test_other_text_of_the_same_length_in_a_shard_is_not_resumed(data):
+    loader = open_loader({str(data): 1.0}, BatchLayout(1, 1))
+    state = json.loads(json.dumps(loader.state_dict()))
+    loader.load_state_dict(state)
+    # As 0.1 wrote it.
+    old_state = {"sequences": 0, "fingerprint": loader.fingerprint}
+    tokens = llm_c_reader(data / "train_000002.bin").copy()
+    tokens[-1] += 1
+    write_shard(data / "train_000002.bin", tokens)
+    changed = open_loader({str(data): 1.0}, BatchLayout(1, 1))
+    assert changed.fingerprint == loader.fingerprint
+    with pytest.raises(ValueError, match=r"train_000002\.bin holds other text"):
+        changed.load_state_dict(state)
+    changed.load_state_dict(old_state)
+
+
+def test_more_shards_than_open_files_can_be_trained_on(tmp_path):
+    code = f"""
+import resource
+import numpy as np
+from nano416.dataloader import BatchLayout, DataConfig, Mixture, TokenLoader
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+mixture = Mixture(DataConfig({{"{tmp_path}/a": 0.5, "{tmp_path}/b": 0.5}}), seq_len=16)
+loader = TokenLoader(mixture, BatchLayout(100, 100))
+for _ in range(20):
+    loader.next_batch()
+loader.close()
+"""
+    for name in "ab":
+        write_dataset(tmp_path / name, [np.zeros(40)] * 60)
+    assert python("-c", code)[::2] == (0, "")
+
+
+def test_tokens_that_no_sequence_reaches_are_counted_at_the_start(tmp_path, data, capsys):
+    small = write_dataset(tmp_path / "small", [np.zeros(500)] * 3)
+    Mixture(DataConfig({str(small): 0.5, str(data): 0.5}), seq_len=256).warn_about_shards()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "never trained on" in line]
+    assert warnings[0].startswith(f"{small}: 48.8% of the tokens") and "--shard_tokens" in warnings[0]
+    one = write_dataset(tmp_path / "one", [np.zeros(50_000)])
+    Mixture(DataConfig({str(one): 1.0}), seq_len=256).warn_about_shards()
+    assert "never trained on" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

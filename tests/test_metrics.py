@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
 
 from nano416 import files
+from nano416.files import append_text
 from nano416.metrics import (
     RunLog,
     Timer,
@@ -153,10 +155,59 @@ def test_a_last_line_torn_by_a_kill_is_left_out(torn, tmp_path):
     assert read_metrics(write_rows(tmp_path, make_rows(), end=torn)) == make_rows()
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
-    write_rows(tmp_path, make_rows(3), end='{"step": \n{"step": 5, "tokens": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:4 is not JSON"):
-        read_metrics(tmp_path)
+DAMAGED_LINES = ['{"step": ', "[1]", "x" * 50, '{"step": "5", "tokens": 1}', '{"step": true}', "\x1b[2J", "[" * 100_000]
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES)
+def test_a_damaged_line_is_named_and_kept_aside_and_stops_nothing(tmp_path, capsys, line):
+    write_rows(tmp_path, make_rows(3), end=line + "\n" + json.dumps(make_rows(4)[3]) + "\n")
+    assert read_metrics(tmp_path) == make_rows(4)
+    assert "metrics.jsonl:4 is not a row of metrics" in capsys.readouterr().err
+    RunLog(tmp_path, total_steps=10).rewind(10)
+    assert "metrics.jsonl: 1 damaged lines (line 4), moved to " in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == line + "\n"
+    RunLog(tmp_path, total_steps=10).rewind(10)
+    assert capsys.readouterr().out == "" and read_metrics(tmp_path) == make_rows(4)
+
+
+def test_a_flipped_byte_and_a_block_of_zeros_stop_nothing(tmp_path):
+    folder = write_rows(tmp_path, make_rows(3))
+    data = (folder / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl").write_bytes(data[:5] + b"\xff" + data[6:] + b"\0" * 4096)
+    RunLog(folder, total_steps=10).rewind(10)
+    assert read_metrics(folder) == make_rows(3)[1:]
+
+
+def test_rows_that_the_disk_refuses_are_written_later_and_in_order(tmp_path, capsys, monkeypatch):
+    log = RunLog(tmp_path / "run", total_steps=4)
+    for step in (1, 2):
+        log.metrics(step, step * 100, loss=2.0)
+    assert capsys.readouterr().out.count("No such file or directory; the log is kept in memory") == 1
+    (tmp_path / "run").mkdir()
+    log.metrics(3, 300, loss=2.0)
+    log.metrics(4, 400, loss=2.0)
+    assert capsys.readouterr().out.count("can be written to again") == 1
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert len((tmp_path / "run" / "train.log").read_text().splitlines()) == 4
+
+
+def test_a_log_that_is_never_written_says_how_much_is_lost(tmp_path, capsys):
+    log = RunLog(tmp_path / "run", total_steps=4)
+    log.metrics(1, 100, loss=2.0)
+    log.close()
+    assert "2 lines of the log could not be written" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_no_half_of_a_line(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    append_text(path, "first\n")
+    real_write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: real_write(handle, data[:3]))
+    with pytest.raises(OSError, match="No space left"):
+        append_text(path, "second\n")
+    monkeypatch.undo()
+    append_text(path, "third\n")
+    assert path.read_text() == "first\nthird\n"
 
 
 def test_rewinding_drops_rows_after_the_checkpoint_and_its_evaluation(tmp_path):

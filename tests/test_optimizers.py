@@ -69,6 +69,16 @@ def test_the_original_416m_recipe_warms_up_for_305_steps_and_ends_at_a_tenth():
     assert get_lr(305 + (15_257 - 305) // 2, 15_258, cfg) == pytest.approx((3e-4 + 3e-5) / 2)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 10, 300])
+def test_every_step_of_a_schedule_that_ends_at_0_learns(name, steps):
+    cfg = OptimConfig(schedule=name, max_lr=1.0)  # type: ignore[arg-type]
+    rates = [get_lr(step, steps, cfg) for step in range(steps)]
+    assert min(rates) > 0
+    if name == "linear":
+        assert get_lr(steps, steps, cfg) == 0
+
+
 def test_after_the_last_step_the_learning_rate_stays():
     cfg = OptimConfig(max_lr=1e-3, min_lr=1e-5)
     assert get_lr(500, 100, cfg) == get_lr(99, 100, cfg) == pytest.approx(1e-5)

@@ -6,10 +6,12 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 
 import pytest
 
-from nano416.trackers import TRACKERS, open_tracker
+from nano416 import trackers
+from nano416.trackers import TRACKERS, SafeTracker, Tracker
 
 CONFIG = {"model": {"dim": 32}, "train": {"seed": 1}}
 IS_INSTALLED = {kind: importlib.util.find_spec(kind) is not None for kind in TRACKERS}
@@ -19,9 +21,13 @@ def needs(kind: str):
     return pytest.mark.skipif(not IS_INSTALLED[kind], reason=f"the optional package {kind} is not installed")
 
 
+def fail(text: str) -> None:
+    raise AssertionError(text)
+
+
 def record(kind: str, run_dir, steps: range) -> None:
     """One process of a run that logs these steps."""
-    tracker = open_tracker(kind, str(run_dir), CONFIG, steps.start - 1)
+    tracker = SafeTracker(kind, str(run_dir), CONFIG, steps.start - 1, warn=fail)
     for step in steps:
         tracker.log({"loss": 10.0 - step, "tokens": 100.0 * step}, step)
     tracker.close()
@@ -71,6 +77,7 @@ def test_wandb_gets_name_config_and_the_same_id_from_all_processes_of_a_run(tmp_
         def finish(self):
             logged.append("end")
 
+    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(wandb, "init", lambda **options: calls.append(options) or Run())
     record("wandb", tmp_path / "mine", range(1, 4))
     record("wandb", tmp_path / "mine", range(5, 8))
@@ -94,3 +101,40 @@ def test_a_tracker_that_is_not_installed_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--tracker=wandb needs a package: pip install wandb"):
         TrainConfig(tracker="wandb")
+
+
+def raise_system_exit(*_: object) -> None:
+    raise SystemExit("no key")
+
+
+def hang(*_: object) -> None:
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("opened", "expected"),
+    [
+        (raise_system_exit, "no broken from here on: SystemExit: no key; metrics.jsonl has every row"),
+        (hang, "no broken from here on: no answer in 0.2 s; metrics.jsonl has every row"),
+        (lambda *_: Tracker(log=hang, close=print), "no broken from here on: no answer in 0.2 s"),
+        (lambda *_: Tracker(log=raise_system_exit, close=print), "no broken from here on: SystemExit: no key"),
+        (lambda *_: Tracker(log=lambda values, step: None, close=hang), "no broken from here on: no answer"),
+    ],
+)
+def test_a_tracker_that_fails_or_hangs_costs_one_line(tmp_path, monkeypatch, opened, expected):
+    monkeypatch.setitem(TRACKERS, "broken", opened)
+    monkeypatch.setattr(trackers, "PATIENCE_S", 0.2)
+    lines: list[str] = []
+    tracker = SafeTracker("broken", str(tmp_path), CONFIG, 0, warn=lines.append)
+    for step in range(1, 4):
+        tracker.log({"loss": 1.0}, step)
+    tracker.close()
+    assert len(lines) == 1 and lines[0].startswith(expected)
+
+
+@needs("tensorboard")
+def test_a_record_that_cannot_be_written_costs_one_line(tmp_path):
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    lines: list[str] = []
+    SafeTracker("tensorboard", str(tmp_path), CONFIG, 0, warn=lines.append).log({"loss": 1.0}, 1)
+    assert len(lines) == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import changed
 from processes import Process, python, ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,7 +34,7 @@ OFTEN = ["--log_every=1", "--eval_every=3", "--eval_tokens=2000", "--checkpoint_
 def arguments(data: Path, run_dir: Path, *extra: str) -> list[str]:
     own = [f"--sources={data}", f"--run_dir={run_dir}", "--max_steps=6", "--hellaswag=none"]
     own += ["--optimizer=adamw", "--max_lr=3e-3"]  # to the last bit alike; muon's products are bf16
-    return [*TINY, *OFTEN, *own, *extra]
+    return changed([*TINY, *OFTEN, *own], *extra)
 
 
 def run(data: Path, run_dir: Path, *extra: str) -> list[dict]:
@@ -274,7 +275,7 @@ def test_the_micro_batch_begins_at_the_estimate_and_shrinks_until_it_fits(monkey
 @pytest.mark.parametrize("options", [["--qk_norm=false"], ["--z_loss=1e-4", "--dtype=bf16"]])
 def test_the_compiled_step_is_one_graph(options):
     """What breaks a graph costs a launch and hides work from the compiler."""
-    cfg = parse_config(training.Config, [*TINY, "--vocab_size=97", *options])
+    cfg = parse_config(training.Config, changed([*TINY, "--vocab_size=97"], *options))
     model = training.Transformer(cfg.model)
     tokens = torch.zeros(2, 32, dtype=torch.long)
     dtype = training.compute_dtype(cfg, torch.device("cpu"))
@@ -286,11 +287,11 @@ def test_the_compiled_step_is_one_graph(options):
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adam", "sgd"])
 def test_between_log_lines_nothing_waits_for_the_device(name, data, tmp_path):
     """Every .item() of a step stops the GPU until the host has caught up: longer runs have no more of them."""
-    never = ["--log_every=0", "--eval_every=0", "--checkpoint_every=0", "--ema=0.9", "--skip_spikes"]
+    never = ["--eval_every=0", "--checkpoint_every=0", "--ema=0.9", "--skip_spikes"]
     waits = {}
     for steps in (3, 9):
         with Waits() as counter:
-            run(data, tmp_path / str(steps), f"--optimizer={name}", f"--max_steps={steps}", *never)
+            run(data, tmp_path / str(steps), f"--optimizer={name}", f"--max_steps={steps}", *never, "--log_every=0")
         waits[steps] = counter.count
     with Waits() as counter:
         run(data, tmp_path / "logged", f"--optimizer={name}", "--max_steps=9", *never, "--log_every=1")
@@ -338,7 +339,7 @@ def config_of(run_dir: Path) -> training.Config:
 def test_the_estimated_memory_is_what_the_compiled_model_keeps(on_gpu):
     """Bytes saved for the backward pass, counted, against the estimate; on a GPU all logits are among them."""
     options = ["--vocab_size=1024", "--dim=64", "--dtype=bf16", "--compile"]
-    cfg = parse_config(training.Config, [*TINY, *options])
+    cfg = parse_config(training.Config, changed(TINY, *options))
     kept = {batch_size: kept_bytes(cfg, batch_size, on_gpu) for batch_size in (2, 6)}
     dist = training.Dist(device=torch.device("cuda" if on_gpu else "cpu"))
     estimated = {n: 1e9 * estimate.training_memory_gb(training.workload(cfg, dist, n)) for n in (2, 6)}
