@@ -294,6 +294,9 @@ def load_file(path: str | None) -> dict[str, Any]:
     """Read a .toml or .json config file into nested dicts; None gives {}."""
     if path is None:
         return {}
+    if Path(path).exists() and not Path(path).is_file():
+        # Reading a pipe or /dev/zero would never end.
+        raise ValueError(f"cannot read config file {path}: it is not a file")
     try:
         text = Path(path).read_text(encoding="utf-8")
         data = json.loads(text) if path.endswith(".json") else tomllib.loads(text)

@@ -89,7 +89,7 @@ def read_chunks(paths: list[str], text_key: str, start: Position = START) -> Ite
                 raise ValueError(f"{paths[file]}: damaged or cut off ({error}); fetch it again") from error
 
 
-def _damage_errors() -> tuple[type[Exception], ...]:
+def _damage_errors() -> tuple[Any, ...]:
     """What the decompressors raise for a damaged file."""
     errors = (EOFError, lzma.LZMAError, zlib.error, OSError)
     try:
