@@ -101,7 +101,7 @@ class Item(NamedTuple):
 def load_items(path: str | Path, limit: int | None = None) -> list[Item]:
     """Read the first `limit` items of a HellaSwag .jsonl file. Raises ValueError naming the first bad line."""
     try:
-        with files.open_regular(path) as file:
+        with files.open_regular(Path(path)) as file:
             items = parse_items(islice(file, limit), path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
