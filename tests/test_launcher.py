@@ -92,7 +92,8 @@ def is_alive(pid: int) -> bool:
 def test_what_ends_on_purpose_is_not_started_again(script, code, processes):
     process = launch(script(f"import sys; print('start'); sys.exit({code})"), NGPUS=processes)
     out, error = process.communicate(timeout=60)
-    assert process.returncode == code and out.count("start") == int(processes) and not error
+    # The other process may be ended before it says anything.
+    assert process.returncode == code and 1 <= out.count("start") <= int(processes) and not error
 
 
 @pytest.mark.parametrize("name", ["RESTARTS", "MAX_RESTARTS"])
