@@ -200,10 +200,11 @@ def find_disagreements(fast: Encoder, slow: Encoder) -> str:
     if slow.tokenizer.name == "bytes":
         return ""
     # Those of Unicode 3.2 of 2002 are known to all. Planes 4 to 13 are empty.
-    unicode_3_2 = unicodedata.ucd_3_2_0
-    characters = [chr(code) for code in range(0x40000) if unicode_3_2.category(chr(code)) == "Cn"]
+    all_characters = "".join(map(chr, range(0x40000)))
+    categories = map(unicodedata.ucd_3_2_0.category, all_characters)
+    characters = [character for character, category in zip(all_characters, categories) if category == "Cn"]
     # 's is a token of its own after a letter or digit only.
-    text = "".join(f"{character}'s\n" for character in characters)
+    text = "'s\n".join([*characters, ""])
     (newline,) = slow.tokenizer.encode("\n")
     n_tokens = [np.diff(np.flatnonzero(encoder.encode_text("\n" + text) == newline)) for encoder in (fast, slow)]
     if len(n_tokens[0]) != len(n_tokens[1]):
