@@ -35,7 +35,15 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 from nano416.config import differences, run_cli, run_subcommand, visible
-from nano416.dataset import HEADER_BYTES, TokenDataset, read_meta, read_shard, token_dtype, write_shard
+from nano416.dataset import (
+    HEADER_BYTES,
+    MAX_SHARD_TOKENS,
+    TokenDataset,
+    read_meta,
+    read_shard,
+    token_dtype,
+    write_shard,
+)
 from nano416.encode import (
     Encoded,
     Encoder,
@@ -45,7 +53,7 @@ from nano416.encode import (
     encoder_version,
     num_cores,
 )
-from nano416.files import locked, write_json
+from nano416.files import locked, require_local, write_json
 from nano416.hub import hub_errors
 from nano416.sources import SplitFiles, assign_splits, find_files, first_names, shown
 from nano416.text_files import START, Chunk, Position, read_chunks, text_format
@@ -206,21 +214,11 @@ def count_documents(tokens: np.ndarray, eot_id: int) -> int:
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-# The header of a shard counts its tokens in an int32.
-MAX_SHARD_TOKENS = 2**31 - 1
 # A wanted validation part may cut a text file larger than this many bytes per wanted token, about twice its size in
 # English, and leaves smaller ones whole.
 CUT_BYTES_PER_TOKEN = 10
 # No compression makes a text a thousand times smaller, and no token is less than a byte.
 MAX_TOKENS_PER_BYTE = 1000
-
-
-def check_out_dir(out_dir: str) -> None:
-    """Raise ValueError for a URL, of which Path would make a local folder `gs:`, and for an unset shell variable."""
-    if not out_dir:
-        raise ValueError("out_dir is empty; name a folder")
-    if re.match(r"[A-Za-z][\w.+-]+:/", out_dir):
-        raise ValueError(f"out_dir={out_dir} must be a local folder; copy it to {out_dir.split(':')[0]} afterwards")
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,7 @@ class PrepareConfig:
     workers: int | None = None  # processes, the result is the same for any number (one per core)
 
     def __post_init__(self) -> None:
-        check_out_dir(self.out_dir)
+        require_local("out_dir", self.out_dir)
         if self.shard_tokens < 1:
             raise ValueError(f"shard_tokens={self.shard_tokens} must be at least 1")
         if self.shard_tokens > MAX_SHARD_TOKENS:
@@ -484,7 +482,7 @@ class DownloadConfig:
     num_shards: int = 100  # train shards; 100 of FineWeb-Edu are 10B tokens
 
     def __post_init__(self) -> None:
-        check_out_dir(self.out_dir)
+        require_local("out_dir", self.out_dir)
         if self.num_shards < 1:
             raise ValueError(f"num_shards={self.num_shards} must be at least 1")
 
@@ -614,7 +612,7 @@ class SampleConfig:
     out_dir: str = "data/sample"  # folder of the dataset
 
     def __post_init__(self) -> None:
-        check_out_dir(self.out_dir)
+        require_local("out_dir", self.out_dir)
 
 
 def sample(cfg: SampleConfig) -> None:
@@ -662,7 +660,7 @@ class DatasetConfig:
     out_dir: str = "data/fineweb_edu"  # folder of the dataset
 
     def __post_init__(self) -> None:
-        check_out_dir(self.out_dir)
+        require_local("out_dir", self.out_dir)
 
 
 def verify(cfg: DatasetConfig) -> None:
@@ -728,7 +726,7 @@ def info(cfg: DatasetConfig) -> None:
 
 
 def say_stopped(number: int) -> int:
-    """Print that a signal stopped the command. Returns the exit code, which is that of training.py."""
+    """Say on stderr which signal stopped the command. Returns the exit code, the same as training.py's."""
     message = f"data_pipeline.py: stopped by {signal.Signals(number).name}; run the same command again to continue"
     # Not print: the signal may have interrupted one.
     os.write(sys.stderr.fileno(), f"\n{message}\n".encode())

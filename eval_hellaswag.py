@@ -142,7 +142,7 @@ def _parse_label(value: Any) -> int:
     """The label of an item, which the Hub's copy of HellaSwag has as text. Raises ValueError."""
     if isinstance(value, str) and re.fullmatch("[0-9]", value):
         return int(value)
-    # type() and not isinstance(): true is no label.
+    # Not isinstance: a bool is an int too.
     if type(value) is not int:
         raise ValueError(f"label {str(value)[:20]!r} is not an integer")
     return value

@@ -43,7 +43,7 @@ def find_resume_point(run_dir: str, resume: str, warn: Callable[[str], None]) ->
     try:
         newest = checkpoint.read_latest(run_dir, warn)
     except ValueError:
-        # Damaged checkpoints of another branch are no obstacle to this one.
+        # Only checkpoints of this branch matter, and there are none yet.
         if branch is None:
             raise
         newest = None

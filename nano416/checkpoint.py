@@ -249,12 +249,7 @@ def _check_weights(weights: Any, part: str, path: Path) -> None:
         raise ValueError(f"{path} is not a nano416 checkpoint: its {part} is {_describe(weights)}")
     for name, weight in weights.items():
         is_dense = type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided and not weight.is_nested
-        if (
-            not isinstance(name, str)
-            or not is_dense
-            or not weight.is_floating_point()
-            or not weight.device.type == "cpu"
-        ):
+        if not isinstance(name, str) or not is_dense or not weight.is_floating_point() or weight.device.type != "cpu":
             raise ValueError(f"{path}: {name!r} in its {part} is {_describe(weight)}, not a dense tensor of floats")
 
 

@@ -231,11 +231,11 @@ def _meta_fault(meta: Any) -> str | None:
 def _shard_fault(shard: Any) -> str | None:
     """What is wrong with the entry of a shard in meta.json, if anything."""
     if not isinstance(shard, dict):
-        return f"{shard!r:.50} is no shard"
+        return f"{shard!r:.50} does not describe a shard"
     name = shard.get("file")
     # A downloaded meta.json must not make us read or write other files.
     if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
-        return f"{name!r:.100} is no file name, or a file outside its folder; do not trust it"
+        return f"{name!r:.100} is not a file name, or names a file outside its folder; do not trust it"
     if shard.get("split") not in ("train", "val"):
         return f"{name}: split is {shard.get('split')!r:.50}"
     if type(shard.get("tokens")) is not int or not 0 <= shard["tokens"] <= MAX_SHARD_TOKENS:

@@ -21,7 +21,7 @@ from torch import Tensor
 from nano416.files import check_zip
 
 INDEX = ".metadata"
-# What is not a tensor, a checkpoint file of its own.
+# The file that holds everything but tensors; its format is that of a checkpoint file.
 METADATA = "facts.pt"
 # All that torch 2.11 to 2.13 name in an index besides dtypes.
 INDEX_TYPES = {
@@ -43,7 +43,7 @@ INDEX_TYPES = {
 def read_index(folder: Path, pickled: bytes) -> dict[str, Any]:
     """The contents of .metadata, converted to an index of ours. Raises ValueError, or any error of a damaged pickle."""
     for opcode, _, _ in pickletools.genops(pickled):
-        # DCP's pickles number their objects by MEMOIZE. With a number of its own a pickle of a few bytes fills memory.
+        # DCP's pickles only use MEMOIZE. These opcodes name a slot of the memo: a huge number would fill the memory.
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
             raise ValueError("it is not DCP's")
     index = _IndexUnpickler(io.BytesIO(pickled)).load()

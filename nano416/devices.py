@@ -96,7 +96,7 @@ def _read_limits(
 
 
 def _read_number(path: Path) -> int | None:
-    """The number in a file of the kernel; None for `max`, which is no limit, and where the file cannot be read."""
+    """The number in a kernel file; None if it says `max` (no limit) or cannot be read."""
     try:
         text = path.read_text().strip()
     except OSError:

@@ -112,7 +112,12 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
 
 
 def require_local(name: str, path: str | Path | None) -> None:
-    """Raise ValueError for an address such as gs://bucket/runs, which would become a folder named "gs:"."""
+    """Raise ValueError for an address such as gs://bucket/runs, which would become a folder named "gs:".
+
+    The empty path of an unset shell variable would be the current folder.
+    """
+    if path == "":
+        raise ValueError(f"{name} is empty; name a file or folder, or leave the option out")
     if path is not None and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:/", str(path)):
         raise ValueError(f"{name} must be a path on this machine, got {path}; mount the bucket, or copy later")
 

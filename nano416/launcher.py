@@ -32,8 +32,9 @@ from nano416.config import Failure, run_cli
 FINAL_CODES = (0, 2, 75, 130, 141)
 # The exit code of a run that a signal ended before it had anything to save.
 STOP_CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
-# Seconds to save after a signal; the warning of slurm/train.sbatch comes 120 s before the end.
-SAVING_S = 100
+# Seconds that the agent of a machine gives the processes to save after a signal. On one machine there is no limit: who
+# sends SIGTERM also knows when to send SIGKILL, and a second signal ends what hangs.
+SAVING_S = 600
 # Seconds for the other processes after one has failed: as torchrun, they may be writing a checkpoint.
 ENDING_S = 30
 # Seconds that a machine's agent waits for those of the others at the end of a run.
@@ -159,14 +160,12 @@ class Processes:
             failed = [code for code in codes if code]
             if failed and not first_code:
                 first_code = failed[0]
-                deadline = time.monotonic() + ENDING_S
-                # The others cannot continue without it. After an agreed stop they are about to end, too.
+                # After an agreed stop the others are about to end, too. Otherwise they cannot continue without it.
                 if first_code not in (75, 130):
+                    deadline = time.monotonic() + ENDING_S
                     self.send(signal.SIGTERM)
             if None not in codes:
                 return first_code
-            if self.signals and deadline is None:
-                deadline = time.monotonic() + SAVING_S
             if deadline and time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
             time.sleep(POLL_S)

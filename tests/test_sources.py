@@ -328,7 +328,7 @@ def test_out_dir_is_a_local_folder(tmp_path, monkeypatch, command, out_dir):
     from nano416.config import run_subcommand
 
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"out_dir={out_dir} must be a local folder"):
+    with pytest.raises(ValueError, match=f"out_dir must be a path on this machine, got {out_dir}"):
         run_subcommand(getattr(data_pipeline, command), argv=[command, f"--out_dir={out_dir}"])
     assert list(tmp_path.iterdir()) == []
 

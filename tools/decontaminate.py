@@ -196,7 +196,7 @@ def item_text(item: Any) -> str:
     # The Hub's copy of HellaSwag has its labels as text.
     if isinstance(label, str) and re.fullmatch("[0-9]+", label):
         label = int(label)
-    # type() and not isinstance(): true is no index.
+    # Not isinstance: a bool is an int too.
     if not isinstance(context, str) or not isinstance(endings, list) or type(label) is not int:
         raise ValueError("expected ctx as a text, endings as a list and label as an index")
     if not 0 <= label < len(endings) or not isinstance(endings[label], str):
